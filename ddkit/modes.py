@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['register_modes', 'mode_method_names', 'kmeans_modes', 'closest_latents', 'ClosestModes', 'random_order',
            'nearest_centroid', 'RandomModes', 'MixtureModes', 'cluster_means', 'PartitionModes', 'SpectralModes',
-           'AgglomerativeModes', 'sum_of_squares', 'bisect', 'fill_empty', 'largest_eps', 'DensityModes', 'ClusterNode',
-           'ClusterTree', 'grow_tree', 'DivisiveModes', 'coarse_to_fine', 'levelwise_nodes', 'LevelwiseModes',
-           'released_order', 'ReleasedLevelwiseModes', 'Modes', 'check_points', 'discover_modes']
+           'AgglomerativeModes', 'sum_of_squares', 'two_means', 'fill_empty', 'largest_eps', 'DensityModes',
+           'ClusterNode', 'ClusterTree', 'grow_tree', 'DivisiveModes', 'coarse_to_fine', 'levelwise_nodes',
+           'LevelwiseModes', 'released_order', 'ReleasedLevelwiseModes', 'Modes', 'check_points', 'fit_quietly',
+           'discover_modes']
 
 # %% ../nbs/03_modes.ipynb #fcc13a53
 import inspect
@@ -204,7 +205,7 @@ def sum_of_squares(
     return float(((latents - latents.mean(0, dtype=np.float64)) ** 2).sum())
 
 
-def bisect(
+def two_means(
     latents: np.ndarray,  # N×D, all latents
     members: np.ndarray,  # the indices to part in two; at least 2
     seed: int,
@@ -226,7 +227,7 @@ def fill_empty(
     for empty in sorted(set(range(count)) - set(labels)):
         clusters = [np.flatnonzero(labels == j) for j in sorted(set(labels))]
         widest = max((c for c in clusters if len(c) > 1), key=lambda c: sum_of_squares(latents[c]))
-        labels[bisect(latents, widest, seed=0)[1]] = empty
+        labels[two_means(latents, widest, seed=0)[1]] = empty
     return labels
 
 # %% ../nbs/03_modes.ipynb #feb34db3
@@ -264,6 +265,7 @@ class DensityModes:
     def fit(self, latents: np.ndarray):
         from scipy.spatial.distance import pdist, squareform
         from sklearn.cluster import DBSCAN
+        if self.min_samples is not None and self.min_samples < 1: raise ValueError(f"min_samples = {self.min_samples}: at least 1, the latent itself")
         distance = squareform(pdist(latents.astype(np.float64)))
         for m in [self.min_samples] if self.min_samples else [5, 4, 3, 2, 1]:
             eps = largest_eps(distance, self.count, m) if m <= len(latents) else None
@@ -334,7 +336,7 @@ def grow_tree(
     nodes = [node(np.arange(len(latents)), 0)]
     while (len(nodes) + 1) // 2 < leaves:  # a binary tree with L leaves has 2L-1 nodes
         widest = max((n for n in nodes if not n.children and len(n.members) > 1), key=lambda n: n.sse)
-        halves = bisect(latents, widest.members, rng.randint(1 << 31), n_init)
+        halves = two_means(latents, widest.members, rng.randint(1 << 31), n_init)
         widest.children = tuple(node(half, widest.level + 1) for half in halves)
         nodes += widest.children
     return ClusterTree(nodes)
@@ -460,11 +462,19 @@ def check_points(
     "The points as a float32 tensor; ValueError if they are not N×D and finite, or `count` is not within 1 … N."
     points = torch.as_tensor(points).detach().float()
     if points.ndim != 2: raise ValueError(f"expected {things} as N×D, got {'×'.join(map(str, points.shape))}; flatten them with .flatten(1)")
+    if not len(points): raise ValueError(f"there are no {things} to choose from")
     if not isinstance(count, numbers.Integral) or count < 1: raise ValueError(f"count = {count!r}: ask for at least 1 of the {len(points)} {things}")
     if count > len(points): raise ValueError(f"count = {count}, but there are only {len(points)} {things}: ask for at most {len(points)}")
     bad = int((~points.isfinite().all(1)).sum())
     if bad: raise ValueError(f"{bad} of {len(points)} {things} hold NaN or infinity: check what they were encoded from")
     return points
+
+
+def fit_quietly(finder, latents: np.ndarray):
+    "`finder.fit(latents)` without scikit-learn's warning about equal latents: they give equal modes, which is no news."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        return finder.fit(latents)
 
 # %% ../nbs/03_modes.ipynb #0e0f12b9
 def discover_modes(
@@ -485,9 +495,7 @@ def discover_modes(
     for name in options:
         if name not in takes and not any(p.kind == p.VAR_KEYWORD for p in takes.values()):
             nearest_name(f"option of mode-discovery method {method!r}:", name, [o for o in takes if o not in ("count", "seed")])
-    with warnings.catch_warnings():  # equal latents are no news: they give equal modes
-        warnings.filterwarnings("ignore", message="Number of distinct clusters")
-        found = _finders[method](int(count), seed=seed, **options).fit(points.cpu().numpy())
+    found = fit_quietly(_finders[method](int(count), seed=seed, **options), points.cpu().numpy())
     return Modes(torch.as_tensor(np.asarray(found.cluster_centers_, dtype=np.float32), device=points.device),
                  torch.as_tensor(np.asarray(found.labels_, dtype=np.int64), device=points.device),
                  getattr(found, "tree_", None))

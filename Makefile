@@ -1,0 +1,40 @@
+# make reproduce   the environment, then the tables and figures of PROFILE (default: digits)
+# make test        the environment, then every test
+# make bench       speed, printed as ratios
+# make readme      README.md from nbs/index.ipynb
+# make clean       delete what was computed (runs/), not the artefacts
+
+PYTHON  ?= python3
+PROFILE ?= digits
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+
+.PHONY: reproduce test bench readme notebooks clean
+
+reproduce: $(READY)
+	$(BIN)/ddkit reproduce --profile $(PROFILE)
+
+test: $(READY)
+	$(BIN)/nbdev-test --n_workers 2 --path nbs
+	$(BIN)/python -m pytest -q tests
+
+bench: $(READY)
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+# after editing a notebook: export the library, strip noise, rebuild the README
+notebooks: $(READY)
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python workflow/readme.py
+
+readme: $(READY)
+	$(BIN)/python workflow/readme.py
+
+$(READY): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf runs
