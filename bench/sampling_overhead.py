@@ -1,0 +1,52 @@
+"""What guidance costs: the time to sample 100 digits with the embedded generator, unguided, with MGD³ and with both ManifoldGD variants.
+
+The four take turns, so that a busy machine slows all alike; medians over the rounds, ratios within each round.
+    python bench/sampling_overhead.py [--ipc 10] [--rounds 5] [--threads 2]
+"""
+import argparse
+import statistics
+import time
+
+import torch
+
+from ddkit.backbones import load_backbone
+from ddkit.data import load_data
+from ddkit.guidance import ManifoldGuidance, ModeGuidance
+from ddkit.modes import discover_modes
+from ddkit.profiles import load_profile
+from ddkit.sampling import sample_all
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--ipc", type=int, default=10)
+parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--threads", type=int, default=2)
+options = parser.parse_args()
+torch.set_num_threads(options.threads)
+
+profile = load_profile("digits", device="cpu")
+backbone, real = load_backbone(profile), load_data(profile).train
+latents = backbone.encode(real.images)
+labels = torch.arange(10).repeat_interleave(options.ipc)
+centroids = torch.cat([discover_modes(latents[real.of_class(c)].flatten(1), options.ipc).centroids for c in range(10)])
+mode = ModeGuidance(centroids, profile.mode_scale)
+geometry = dict(scale=profile.manifold_scale, radius=profile.radius, neighbours=profile.neighbours, tangent_dim=profile.tangent_dim,
+                bandwidth=profile.bandwidth, cloud_size=profile.cloud_size)
+released = ManifoldGuidance(centroids, **geometry)
+paper = ManifoldGuidance(centroids, variant="paper", latents=latents, latent_labels=real.labels, labels=labels, **geometry)
+guidances = {"unguided": None, "MGD³": mode.until(profile.stop), "ManifoldGD (released)": (mode + released).until(profile.stop),
+             "ManifoldGD (paper)": (mode + paper).until(profile.stop)}
+
+
+def seconds(guidance):
+    start = time.perf_counter()
+    sample_all(backbone, backbone.model_labels(labels), shape=backbone.latent_shape, sampler=profile.sampler, steps=profile.steps,
+               cfg_scale=profile.cfg_scale, cfg_channels=profile.cfg_channels, guidance=guidance, batch_size=profile.batch_size)
+    return time.perf_counter() - start
+
+
+seconds(None)  # warm up
+times = [{name: seconds(guidance) for name, guidance in guidances.items()} for _ in range(options.rounds)]
+print(f"sampling {len(labels)} digits, {profile.steps} steps, guided until step {profile.stop}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
+for name in guidances:
+    ratio = statistics.median(t[name] / t["unguided"] for t in times)
+    print(f"  {name:22}{statistics.median(t[name] for t in times):8.2f} s   {ratio:5.2f} × unguided")

@@ -1,0 +1,109 @@
+"""The project's own promises: one set of versions, notebooks and library in step, modules that import downwards only."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def module_of(notebook: Path) -> str:
+    return notebook.stem[3:]
+
+
+def pinned() -> dict[str, Version]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    return {name.lower().replace("_", "-"): Version(version) for name, version in (line.split("==") for line in lines if line)}
+
+
+def required() -> list[Requirement]:
+    extras = [r for group in PROJECT["optional-dependencies"].values() for r in group]
+    return [Requirement(r) for r in PROJECT["dependencies"] + extras]
+
+
+@pytest.mark.parametrize("requirement", required(), ids=str)
+def test_every_requirement_is_pinned_to_a_version_it_allows(requirement):
+    assert requirement.specifier.contains(pinned()[requirement.name.lower()])
+
+
+def test_torch_is_pinned_while_the_package_allows_older_ones():
+    torch = next(r for r in required() if r.name == "torch")
+    assert pinned()["torch"] == Version("2.13.0") and torch.specifier.contains("2.4.0")
+
+
+def test_conda_environment_installs_this_package_at_the_pinned_versions():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-c constraints.txt", "-e .[dev]"] and "dev" in PROJECT["optional-dependencies"]
+    (python,) = [d for d in environment["dependencies"] if str(d).startswith("python=")]
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python.split("=")[1])
+
+
+def test_library_is_what_the_notebooks_export(tmp_path):
+    """Export into a copy and compare: an edited .py that was not carried back, or a notebook not exported, shows here."""
+    import shutil
+
+    copy = tmp_path / "kit"
+    copy.mkdir()
+    for name in ("nbs", "ddkit"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    subprocess.run([Path(sys.executable).parent / "nbdev-export"], cwd=copy, check=True, capture_output=True)
+    for notebook in LIBRARY:
+        file = f"ddkit/{module_of(notebook)}.py"
+        assert (copy / file).read_text() == (ROOT / file).read_text(), f"{file} and {notebook.name} differ; run `make notebooks`"
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.stem)
+def test_modules_import_from_lower_floors_only(notebook):
+    floors = {module_of(p): int(p.stem[:2]) for p in LIBRARY}
+    tree = ast.parse((ROOT / "ddkit" / f"{module_of(notebook)}.py").read_text())
+    for node in ast.walk(tree):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("ddkit."):
+                assert floors[name.split(".")[1]] < floors[module_of(notebook)], f"{notebook.stem} imports {name}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean(notebook):
+    nb = nbformat.read(notebook, as_version=4)
+    text = notebook.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|tmp|Users|work)/", text), "a path of somebody's machine"
+    for cell in nb.cells:
+        assert set(cell.metadata) <= {"tags"}, "cell metadata; run nbdev-clean"
+        assert not any(o.output_type == "error" for o in cell.get("outputs", [])), "a stored error"
+        assert not any("stderr" == o.get("name") for o in cell.get("outputs", [])), "stored warnings"
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs/papers").rglob("*.ipynb")), ids=lambda p: p.stem)
+def test_paper_notebooks_have_a_parameters_cell(notebook):
+    nb = nbformat.read(notebook, as_version=4)
+    (cell,) = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+    assert "profile" in [t.id for node in ast.parse(cell.source).body if isinstance(node, ast.Assign) for t in node.targets]
+
+
+def test_readme_is_what_the_index_notebook_says():
+    done = subprocess.run([sys.executable, ROOT / "workflow/readme.py", "--check"])
+    assert done.returncode == 0, "README.md and nbs/index.ipynb differ; run `make readme`"
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_embedded_weights_are_small_enough_to_ship():
+    assert sum(p.stat().st_size for p in (ROOT / "ddkit/assets").glob("embedded_*")) <= 6e6
