@@ -151,7 +151,7 @@ def _centroid_rows(
 
 
 class ModeGuidance(Guidance):
-    "Pull every image towards its own mode: λ · unit · g_t (MGD³, Eq. 7; kernels: ManifoldGD, Sec. 3.2)."
+    "Pull every image towards its own mode: λ · unit · g_t (MGD³, Sec. 4.2; kernels: ManifoldGD, Sec. 3.2)."
     per_image = ("centroids",)
 
     def __init__(
@@ -257,7 +257,7 @@ def annealed_radius(
     schedule: str = "exp",  # "exp", "cosine" or "linear"
     warm_steps: int = 5,  # W
 ) -> float:
-    "The neighbourhood's radius at one step (ManifoldGD, Sec. 3.3; as released)."
+    "The neighbourhood's radius at one step (ManifoldGD, Table 4; as released)."
     if schedule not in SCHEDULES: nearest_name("radius schedule", schedule, SCHEDULES)
     if not 0 <= step < steps: raise ValueError(f"step {step} is outside the schedule 0 … {steps - 1}")
     cut = max(stop, steps - 1 - warm_steps)
@@ -270,17 +270,17 @@ PATCH_NOISE = 2  # this module's stream; 0 and 1 are the sampler's
 
 
 def sphere_cloud(
-    noise: torch.Tensor,  # standard normal, M×(2D + 1)
+    noise: torch.Tensor,  # standard normal, 2×M×D
     radius: float,  # r_t
     alpha_bar: float,  # ᾱ_t
 ) -> torch.Tensor:
     "M points around the origin as ManifoldGD's released code draws them around a centroid, noised to ᾱ_t; M×D."
-    direction, forward, height = noise.tensor_split([noise.shape[1] // 2, noise.shape[1] - 1], dim=1)
-    half = len(noise) // 2
-    radii = torch.cat([torch.linspace(0.1, radius, half, device=noise.device),  # runs downward if r_t < 0.1
-                       radius * torch.special.ndtr(height[half:, 0])])  # Φ(normal) is uniform in [0, 1]
-    offset = radii.unsqueeze(1) * direction / direction.norm(dim=1, keepdim=True)
-    return math.sqrt(alpha_bar) * offset + math.sqrt(1 - alpha_bar) * forward
+    direction, forward = noise
+    length, half = direction.norm(dim=1), len(direction) // 2
+    # a Gaussian vector's length knows nothing of its direction, and χ²'s distribution function makes it uniform in [0, 1]
+    uniform = torch.special.gammainc(length.new_tensor(direction.shape[1] / 2), length[half:].square() / 2)
+    radii = torch.cat([torch.linspace(0.1, radius, half, device=noise.device), radius * uniform])  # the first half runs downward if r_t < 0.1
+    return math.sqrt(1 - alpha_bar) * forward + (math.sqrt(alpha_bar) * radii / length).unsqueeze(1) * direction
 
 
 class SyntheticNeighbourhood(PerImage):
@@ -300,7 +300,7 @@ class SyntheticNeighbourhood(PerImage):
         x = state.x.flatten(1)
         moved = x - math.sqrt(state.alpha_bar) * self.centroids.to(x)
         points = x.new_empty(len(x), count, x.shape[1])
-        for rows, noise in state.by_index(PATCH_NOISE, (self.cloud_size, 2 * x.shape[1] + 1)):
+        for rows, noise in state.by_index(PATCH_NOISE, (2, self.cloud_size, x.shape[1])):
             cloud = sphere_cloud(noise.to(x), radius, state.alpha_bar)
             wide = cloud.double()  # ‖y − x‖² = ‖y‖² − 2 y·x + … cancels: single precision could swap two neighbours between batches
             distances = wide.square().sum(1) - 2 * moved[rows].double() @ wide.T  # without ‖x‖², which ranks nothing
@@ -323,6 +323,7 @@ class RealNeighbourhood(PerImage):
     ):
         labels, latent_labels = torch.as_tensor(labels).cpu(), torch.as_tensor(latent_labels).cpu()
         if len(labels) != len(centroids): raise ValueError(f"{len(labels)} labels for {len(centroids)} centroids; each centroid needs its class")
+        if not latents.isfinite().all(): raise ValueError("latents contain NaN or infinite values; check the images they were encoded from")
         if len(latents) != len(latent_labels): raise ValueError(f"{len(latent_labels)} latent labels for {len(latents)} latents; each latent needs its class")
         self.centroids, self.latents, self.neighbours = centroids, latents.flatten(1).float(), neighbours
         self.order = torch.zeros(len(labels), cloud_size, dtype=torch.long)  # rows of `latents`, nearest first

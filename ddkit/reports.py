@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from io import BytesIO
@@ -229,7 +229,7 @@ class _Markup:
     plus_minus: str
     minus: str
     missing: str
-    escape: callable
+    escape: Callable[[str], str]
 
 
 _LATEX = str.maketrans({

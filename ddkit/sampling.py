@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START_NOISE', 'STEP_NOISE', 'SHARED', 'SAMPLERS', 'VARIANCES', 'ddpm_timesteps', 'ddim_timesteps', 'Schedule',
-           'normal_draw', 'NoiseStreams', 'index_in_class', 'predict', 'ddpm_step', 'ddim_step', 'Step', 'sample',
-           'final', 'sample_all']
+           'uniform_draw', 'to_normal', 'NoiseStreams', 'index_in_class', 'predict', 'ddpm_step', 'ddim_step', 'Step',
+           'sample', 'final', 'sample_all']
 
 # %% ../nbs/05_sampling.ipynb #4ee97781
 import math
@@ -62,7 +62,7 @@ START_NOISE, STEP_NOISE = 0, 1  # purposes; guidances use others
 SHARED = 2**64 - 1  # stands for the class in draws that all classes share
 
 
-def normal_draw(
+def uniform_draw(
     seed: int,
     label: int,  # class label, or `SHARED`
     index: int,  # index in class
@@ -70,9 +70,16 @@ def normal_draw(
     purpose: int,  # what the draw is for
     shape: tuple[int, ...],
 ) -> np.ndarray:
-    "Standard normal numbers, float32, that depend on nothing but the arguments."
+    "Uniform numbers, multiples of 2⁻²⁴ in [0, 1), float32, that depend on nothing but the arguments; a longer draw starts like a shorter one."
     key, counter = np.array([seed % 2**64, label % 2**64], dtype=np.uint64), np.array([0, index, step, purpose], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(shape, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(shape, dtype=np.float32)
+
+
+def to_normal(
+    uniform: torch.Tensor,  # multiples of 2⁻²⁴ in [0, 1)
+) -> torch.Tensor:
+    "Standard normal numbers by the inverse distribution function, of the middle of each interval, so that 0 stays finite (−5.4)."
+    return math.sqrt(2) * torch.erfinv(2 * uniform - (1 - 2**-24))
 
 
 @dataclass
@@ -90,13 +97,13 @@ class NoiseStreams:
         shape: tuple[int, ...],  # of one draw
         indices=None,  # draw once per index in class listed here, shared between classes, instead of once per image
     ) -> torch.Tensor:
-        "One draw per image, N×shape; with `indices`, one per index."
+        "Standard normal, one draw per image, N×shape; with `indices`, one per index."
         if indices is None:
-            draws = [normal_draw(self.seed, c, i, step, purpose, shape) for c, i in zip(self.labels, self.indices)]
+            draws = [uniform_draw(self.seed, c, i, step, purpose, shape) for c, i in zip(self.labels, self.indices)]
         else:  # these can be large (a neighbourhood's noise), and numpy draws without holding Python's lock
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                draws = list(pool.map(lambda i: normal_draw(self.seed, SHARED, int(i), step, purpose, shape), indices))
-        return torch.from_numpy(np.stack(draws)).to(self.device)
+                draws = list(pool.map(lambda i: uniform_draw(self.seed, SHARED, int(i), step, purpose, shape), indices))
+        return to_normal(torch.from_numpy(np.stack(draws)).to(self.device))
 
 
 def index_in_class(labels: torch.Tensor) -> torch.Tensor:
@@ -128,7 +135,7 @@ def predict(
 
 # %% ../nbs/05_sampling.ipynb #20b41e3a
 def ddpm_step(state: StepState, schedule: Schedule, shift, noise: Callable) -> torch.Tensor:
-    "x_{i−1} ~ N(posterior mean + shift, σ²) (DDPM, Eq. 7; shift as in MGD³, Alg. 1). `noise(step)` is called but for step 0."
+    "x_{i−1} ~ N(posterior mean + shift, σ²) (DDPM, Eq. 7; shift as in MGD³, Sec. 4.2). `noise(step)` is called but for step 0."
     i = state.index
     from_x0 = schedule.beta[i] * math.sqrt(schedule.previous[i]) / (1 - schedule.alpha_bar[i])
     from_x = (1 - schedule.previous[i]) * math.sqrt(1 - schedule.beta[i]) / (1 - schedule.alpha_bar[i])

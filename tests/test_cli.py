@@ -1,0 +1,181 @@
+"""The command line as a user meets it: what works, and what a mistake gets (one line, exit code 2, nothing half-written)."""
+
+import json
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from ddkit import cli
+from ddkit.methods import load_distilled
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def ddkit(monkeypatch, capsys, tmp_path):
+    """Run a command in this process; returns exit code, stdout, stderr. The store is a new one for each test."""
+    monkeypatch.setenv("DDKIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() sets its own
+    monkeypatch.chdir(ROOT)
+
+    def run(command):
+        monkeypatch.setattr(sys, "argv", ["ddkit", *shlex.split(command)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended: cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def notebook(path, *sources, tag="parameters"):
+    """A notebook whose first cell carries a tag."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    book.cells[0].metadata["tags"] = [tag]
+    nbformat.write(book, path)
+    return path
+
+
+MISTAKES = {
+    "profiles digitz": "unknown profile 'digitz'; did you mean 'digits'?",
+    "distill mdg3 --profile smoke --out {tmp}/out": "unknown method 'mdg3'; did you mean 'mgd3'?",
+    "distill full --profile smoke --out {tmp}/out": "nothing to distil",
+    "distill random --profile smok --out {tmp}/out": "unknown profile 'smok'; did you mean 'smoke'?",
+    "distill random --profile smoke --ipc 0 --out {tmp}/out": "ipc = 0",
+    "distill herding --profile smoke --ipc 500 --out {tmp}/out": "500",
+    "distill mgd3 --profile smoke --ipc 500 --out {tmp}/out": "500",
+    "distill mgd3 --profile smoke --ipc 1 --set stop=60 --out {tmp}/out": "60",
+    "distill mgd3 --profile smoke --ipc 1 --set sampler=ddmp --out {tmp}/out": "did you mean 'ddpm'?",
+    "distill mgd3 --profile smoke --ipc 1 --set steps=many --out {tmp}/out": "should be a whole number",
+    "distill mgd3 --profile smoke --ipc 1 --set stepz=8 --out {tmp}/out": "did you mean 'steps'?",
+    "distill mgd3 --profile smoke --ipc 1 --set steps --out {tmp}/out": "should be NAME=VALUE",
+    "distill random --profile imagewoof --ipc 1 --out {tmp}/out": "has no data root",
+    "distill random --profile imagewoof --ipc 1 --set root={tmp}/nowhere --out {tmp}/out": "nowhere' is missing",
+    "distill random --profile smoke --ipc 1 --out {tmp}/full": "exists and is not empty",
+    "distill random --profile smoke --ipc 1 --out {tmp}/full/file.txt": "exists",
+    "evaluate manifold --profile smoke": "did you mean 'manifoldgd'?",
+    "evaluate no/such/folder --profile smoke": "no folder no/such/folder",
+    "evaluate {tmp}/full --profile smoke": "is no distilled set",
+    "evaluate random --profile smoke --ipc 1 --network resnet81": "unknown network 'resnet81'; did you mean 'resnet18'?",
+    "evaluate random --profile smoke --ipc 1 --protocol hrad": "did you mean 'hard'?",
+    "measure randon --profile smoke": "did you mean 'random'?",
+    "run {tmp}/none.ipynb": "no notebook",
+    "run {tmp}/good.ipynb -p profil smoke": "unknown parameter of good.ipynb: 'profil'; did you mean 'profile'?",
+    "run {tmp}/untagged.ipynb -p profile smoke": "no cell tagged 'parameters'",
+    "run {tmp}/full/file.txt": "is no notebook",
+    "run {tmp}/good.ipynb --out {tmp}/full/file.txt": "exists",
+    "reproduce --paper manifoldg --profile smoke": "unknown paper 'manifoldg'; did you mean 'manifoldgd'?",
+    "reproduce --only table1,tabel2 --profile smoke": "unknown table or figure 'tabel2'; did you mean 'table2'?",
+    "reproduce --profile digitz": "unknown profile 'digitz'; did you mean 'digits'?",
+    "status --profile digitz": "unknown profile 'digitz'; did you mean 'digits'?",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_gets_one_line(ddkit, tmp_path, command):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file.txt").write_text("mine")
+    notebook(tmp_path / "good.ipynb", "profile = 'digits'")
+    notebook(tmp_path / "untagged.ipynb", "profile = 'digits'", tag="other")
+    code, out, err = ddkit(command.format(tmp=tmp_path))
+    assert code == 2 and err.count("\n") == 1 and err.startswith("ddkit: "), err
+    assert MISTAKES[command] in err and "Traceback" not in out + err
+    assert not (tmp_path / "out").exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["file.txt"]
+    assert not list((tmp_path / "runs").glob("*/*/*.png")) and not list((tmp_path / "runs" / "tmp").glob("*"))
+
+
+@pytest.mark.parametrize("command", ["reproduce --jobs 0", "reproduce --jobs two", "distill random", "nonsense", "distill random --ipc x --out y", "status --nonsense"])
+def test_wrong_usage_gets_exit_code_2(ddkit, command):
+    code, out, err = ddkit(command)
+    assert code == 2 and "Traceback" not in err and err
+
+
+@pytest.mark.parametrize("settings, told", [("[digits\ndataset = digits", "does not parse"), ("[digits]\ndataset = digits\nimage_size = big", "image_size = 'big' should be a whole number")])
+def test_a_settings_file_that_is_wrong(ddkit, tmp_path, monkeypatch, settings, told):
+    (tmp_path / "settings.ini").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ddkit("profiles digits")
+    assert code == 2 and told in err and err.count("\n") == 1
+
+
+def test_exit_code_and_line_of_the_real_command(tmp_path):
+    done = subprocess.run([Path(sys.executable).parent / "ddkit", "profiles", "digitz"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("command", ["", *"distill evaluate measure run reproduce status profiles".split()])
+def test_help_is_helpful(ddkit, command):
+    code, out, err = ddkit(f"{command} --help")
+    assert code == 0 and "Usage: ddkit" in out
+    assert command == "" or f"Example: ddkit {command}" in out
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, ddkit.cli; sys.exit(' '.join({'torch', 'diffusers', 'pandas', 'sklearn', 'papermill', 'snakemake'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.stderr, f"imported: {done.stderr}"
+
+
+def test_distil_evaluate_measure_and_status(ddkit, tmp_path):
+    code, out, err = ddkit(f"distill random --profile smoke --ipc 2 --seed 1 --out {tmp_path / 'two'}")
+    assert code == 0 and out == f"20 images in {tmp_path / 'two'}\n", err
+    made = load_distilled(tmp_path / "two")
+    assert len(made) == 20 and made.manifest["seed"] == 1 and not (tmp_path / "two" / "cell.json").exists()
+
+    by_name = ddkit("evaluate random --profile smoke --ipc 2 --seed 1 --network convnet6")
+    by_folder = ddkit(f"evaluate {tmp_path / 'two'} --profile smoke --seed 1 --network convnet6")
+    assert by_name[0] == by_folder[0] == 0
+    assert by_name[1].split(" on ")[1] == by_folder[1].split(" on ")[1]  # the same accuracies
+
+    metrics = ddkit("measure random --profile smoke --ipc 2 --seed 1")
+    assert metrics[0] == 0 and metrics[1] == ddkit(f"measure {tmp_path / 'two'} --profile smoke")[1]
+    assert metrics[1].split()[::2] == ["l2_distance", "mmd", "frechet_distance", "representativeness", "diversity"]
+
+    code, out, err = ddkit("status --profile smoke")
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:6]] == [["encode", "0"], ["distill", "1"], ["evaluate", "2"], ["measure", "1"]]
+    damaged = next((tmp_path / "runs" / "distill").glob("*/3/00000.png"))
+    damaged.write_bytes(b"x")
+    assert "damaged: distill random ipc 2 seed 1" in ddkit("status --profile smoke")[1]
+    with warnings.catch_warnings():
+        code, out, err = ddkit(f"distill random --profile smoke --ipc 2 --seed 1 --out {tmp_path / 'again'}")
+    assert code == 0 and "ddkit: warning: distill random ipc 2 seed 1" in err and err.count("\n") == 1
+    assert {p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*.png")} == {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*.png")}
+
+
+# notebooks
+
+def test_run_passes_parameters_and_stamps_completion(ddkit, tmp_path):
+    book = notebook(tmp_path / "book.ipynb", "profile = 'digits'\nipcs = [10]\nscale = 0.1", "print(profile, ipcs, scale)")
+    code, out, err = ddkit(f"run {book} -p profile smoke -p ipcs '[1, 2]' -p scale 1e-3 --out {tmp_path / 'out.ipynb'}")
+    assert code == 0, err
+    done = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert done.cells[-1].outputs[0].text == "smoke [1, 2] 0.001\n" and done.metadata.ddkit.complete
+    assert ddkit(f"run {book} --out {tmp_path / 'out.ipynb'}")[0] == 2  # never overwritten
+
+
+@pytest.mark.parametrize("source, told", [
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("import os; os.kill(os.getpid(), 9)", "the kernel died"),
+])
+def test_a_notebook_that_fails_is_no_result(ddkit, tmp_path, source, told):
+    book = notebook(tmp_path / "book.ipynb", "profile = 'digits'", source, "print('after')")
+    code, out, err = ddkit(f"run {book} --out {tmp_path / 'out.ipynb'}")
+    assert code == 1 and told in err and err.count("\n") == 1
+    assert not (tmp_path / "out.ipynb").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_cell_that_takes_too_long_is_a_failure(tmp_path):
+    from ddkit.runs import NotebookError, run_notebook
+    book = notebook(tmp_path / "book.ipynb", "profile = 'digits'", "import time; time.sleep(60)")
+    with pytest.raises(NotebookError, match="longer than 1 s"): run_notebook(book, {}, tmp_path / "out.ipynb", timeout=1)
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_the_working_folder_is_the_kits(ddkit, tmp_path):
+    """As with `papermill nbs/papers/… out.ipynb` typed at the top of the kit, wherever the notebook lies."""
+    book = notebook(tmp_path / "book.ipynb", "profile = 'digits'", "import os; print(os.getcwd())")
+    assert ddkit(f"run {book} --out {tmp_path / 'out.ipynb'}")[0] == 0
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text.strip() == str(ROOT)
