@@ -9,6 +9,7 @@ on a batch that is ready: what no loop can save.
 import argparse
 import math
 import random
+import resource
 import statistics
 import time
 
@@ -133,24 +134,34 @@ def network_alone(network, train, test, profile, epochs, tests, workers):
     yield
 
 
+def processor_time():
+    "Seconds of this process and of the workers that have ended."
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + workers.ru_utime + workers.ru_stime
+
+
 def seconds(loop, name, profile, *arguments):
+    "Elapsed and processor time of one run."
     with torch.random.fork_rng(devices=[]):
         network = create_network(name, 10, profile.eval_size, profile.channels, profile.network_width).to(torch_device(profile))
     run = loop(network, *arguments[:2], profile, *arguments[2:])
     next(run)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), processor_time()
     next(run)
-    return time.perf_counter() - start
+    elapsed = time.perf_counter() - start
+    run.close()  # ends the workers
+    return elapsed, processor_time() - busy
 
 
 def compare(title, name, profile, train, test, epochs, tests):
     loops = {"network": network_alone, "kit": kit_loop, "plain": plain_loop}
     rounds = [{key: seconds(loop, name, profile, train, test, epochs, tests, options.workers) for key, loop in loops.items()} for _ in range(options.rounds)]
-    times = {key: statistics.median(r[key] for r in rounds) for key in loops}
-    ratio = statistics.median(r["plain"] / r["kit"] for r in rounds)
     steps = epochs * math.ceil(len(train) / profile.eval_batch_size)
     print(f"{title}: {name}, width {profile.network_width:g}, {' + '.join(profile.augmentations)}, {steps} steps, {tests} tests of {len(test)} images")
-    print(f"  network {times['network']:7.2f} s   kit {times['kit']:7.2f} s   plain {times['plain']:7.2f} s   plain / kit {ratio:.2f} ×", flush=True)
+    for key in loops:
+        elapsed, busy = (statistics.median(r[key][i] for r in rounds) for i in (0, 1))
+        ratio, busy_ratio = (statistics.median(r[key][i] / r["kit"][i] for r in rounds) for i in (0, 1))
+        print(f"  {key:10}{elapsed:7.2f} s  {ratio:5.2f} × kit    processor time {busy:7.2f} s  {busy_ratio:5.2f} ×", flush=True)
 
 
 if __name__ == "__main__":

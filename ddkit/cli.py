@@ -48,7 +48,7 @@ def main() -> None:
         print(f"ddkit: {error}", file=sys.stderr)
         sys.exit(1)
 
-
+# %% ../nbs/15_cli.ipynb #313efe75
 def joined_pairs(
     arguments: list[str],  # as the shell gave them
 ) -> list[str]:
@@ -88,7 +88,7 @@ def _store(folder: Path | None) -> Store:
     if folder is not None: os.environ["DDKIT_RUNS"] = str(folder.absolute())
     return Store()
 
-
+# %% ../nbs/15_cli.ipynb #f0a23a68
 def _free(out: Path) -> None:
     "Raise `ValueError` unless `out` can be written without touching anything that is there."
     if out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} exists and is not empty; nothing is overwritten, so choose another --out or remove it")
@@ -111,7 +111,7 @@ def _words(value) -> str:
     if isinstance(value, tuple): return " ".join(map(str, value)) or "-"
     return "auto" if value is None else str(value) if value != "" else "-"
 
-
+# %% ../nbs/15_cli.ipynb #c2dc47bd
 def _show(values: dict[str, str]) -> None:
     for key, value in values.items(): print(f"{key:<20}{value}")
 
@@ -168,7 +168,7 @@ def evaluate(
         best, last = value["best"], value["last"]
     print(f"{what} on {network}, seed {seed}: best {best:.1f} %, last {last:.1f} %")
 
-
+# %% ../nbs/15_cli.ipynb #c8031f3f
 def _is_folder(what: str) -> bool:
     "True for a folder, False for a method; an error for neither."
     if Path(what).is_dir(): return True
@@ -203,7 +203,7 @@ def plain_value(text: str):
         with contextlib.suppress(ValueError, SyntaxError): return read(text)
     return text
 
-
+# %% ../nbs/15_cli.ipynb #1a165118
 @app.command(epilog="Example: ddkit run nbs/papers/manifoldgd/table1_imagewoof.ipynb -p profile smoke")
 def run(
     notebook: Annotated[Path, typer.Argument(help="A notebook with a cell tagged 'parameters'.")],
@@ -218,7 +218,7 @@ def run(
     if out is not None: _free(out)
     print(f"executed: {_short(runs.run_notebook(notebook, parameters, out or store.root / 'notebooks' / notebook.name))}")
 
-
+# %% ../nbs/15_cli.ipynb #1965097f
 def _short(path: Path) -> str:
     "A path as one would type it here."
     path = Path(path).absolute()
@@ -241,7 +241,7 @@ def artefact_inputs(
     return runs.digest({"cells": sorted({c.key for c in cells}), "notebook": runs.notebook_code(_notebook(artefact)), "profile": profile, "profiles": profiles,
                         "code": {m: runs.kit_code(m) for m in _library()}, "reported": {p.name: runs.file_sha256(p) for p in reported if p.is_file()}})
 
-
+# %% ../nbs/15_cli.ipynb #c01e4f21
 def _notebook(artefact) -> Path:
     return runs.project_root() / artefact.notebook
 
@@ -250,7 +250,7 @@ def _library() -> list[str]:
     "The modules that a notebook may call: all but this one."
     return sorted(p.stem for p in Path(ddkit.__file__).parent.glob("*.py") if not p.stem.startswith("_") and p.stem != "cli")
 
-
+# %% ../nbs/15_cli.ipynb #6d432b53
 def out_of_date(
     artefact,
     cells: list[Cell],
@@ -266,7 +266,7 @@ def out_of_date(
         if stamp["outputs"].get(path.name) != runs.file_sha256(path): return f"{_short(path)} was changed"
     return None
 
-
+# %% ../nbs/15_cli.ipynb #eb0eb009
 def _outputs(artefact, profile: str) -> list[Path]:
     from ddkit import papers
     return [runs.project_root() / path for path in papers.outputs(artefact, profile)]
@@ -278,7 +278,7 @@ class Plan:
     profile: str
     artefacts: list  # the wanted tables and figures
     stale: dict  # of those, the ones to make → why
-    cells: list[Cell]  # the wanted cells, upstream cells included where they are to be computed
+    cells: list[Cell]  # the wanted cells and those that they come from, as far as they are there or to be computed
     todo: list[Cell]  # of those, the ones to compute; upstream first
     damaged: dict[Cell, str]  # of those, the ones whose payload is not what was written → why
     needs: dict  # artefact id → its cells
@@ -287,7 +287,7 @@ class Plan:
     @property
     def steps(self) -> int: return len(self.cells) + len(self.artefacts)
 
-
+# %% ../nbs/15_cli.ipynb #99748c99
 def make_plan(
     paper: str | None,  # None: all papers
     only: list[str] | None,  # ids of tables and figures; None: all
@@ -299,30 +299,42 @@ def make_plan(
     artefacts = papers.select(paper, only)
     needs = {a.name: papers.cells(a, profile) for a in artefacts}
     wanted = dict.fromkeys(cell for cells in needs.values() for cell in cells)
-    state = {cell: runs.problem(store.path(cell)) for cell in wanted}
+    state = {cell: runs.problem(store.path(cell)) for cell in _with_upstream(wanted)}
     todo: dict[Cell, None] = {}
-    for cell in wanted:
-        if state[cell] is not None: _add(cell, todo, state, store)
+    for cell, wrong in state.items():
+        if wrong is not None and (cell in wanted or wrong != "missing"): _add(cell, todo, state)
     stale = {}
     for artefact in artefacts:
         lacking = sum(cell in todo for cell in needs[artefact.name])
-        why = f"{lacking} cells to compute" if lacking else out_of_date(artefact, needs[artefact.name], profile, store)
+        why = f"{lacking} cell{'s' * (lacking != 1)} to compute" if lacking else out_of_date(artefact, needs[artefact.name], profile, store)
         if why: stale[artefact.name] = why
     damaged = {cell: why for cell, why in state.items() if why not in (None, "missing")}
-    return Plan(profile, artefacts, stale, list(state), list(todo), damaged, needs, runs.history(store))
+    there = [cell for cell, wrong in state.items() if wrong is None or cell in todo]
+    return Plan(profile, artefacts, stale, there, list(todo), damaged, needs, runs.history(store))
+
+# %% ../nbs/15_cli.ipynb #405d2234
+def _with_upstream(cells) -> dict[Cell, None]:
+    "The cells and all that they come from, upstream first."
+    found: dict[Cell, None] = {}
+    def visit(cell):
+        if cell in found: return
+        for up in cell.upstream: visit(up)
+        found[cell] = None
+    for cell in cells: visit(cell)
+    return found
 
 
-def _add(cell: Cell, todo: dict, state: dict, store: Store) -> None:
+def _add(cell: Cell, todo: dict, state: dict) -> None:
     "Put a cell on the list, after the upstream cells that are lacking."
     if cell in todo: return
     for up in cell.upstream:
-        if state.setdefault(up, runs.problem(store.path(up))) is not None: _add(up, todo, state, store)
+        if state[up] is not None: _add(up, todo, state)
     todo[cell] = None
 
 # %% ../nbs/15_cli.ipynb #41b1b197
 NOTEBOOK_SECONDS = 12.0  # a paper notebook whose cells are all there
 
-
+# %% ../nbs/15_cli.ipynb #110a081a
 def plan_file(
     plan: Plan,
     store: Store,
@@ -351,7 +363,7 @@ def plan_file(
     runs.write_json(path, text)
     return path
 
-
+# %% ../nbs/15_cli.ipynb #549ac536
 def _inside(store: Store, cell: Cell) -> str: return f"{cell.kind}/{cell.key}/{runs.SUMMARY}"
 
 
@@ -375,7 +387,7 @@ def cells(plan: Path, bundle: str) -> None:
             cell = Cell.from_dict(values)
             with _told(str(cell)): print(f"{cell}: {store.compute(cell).summary}", flush=True)
 
-
+# %% ../nbs/15_cli.ipynb #a994d9dc
 @app.command(hidden=True)
 def artefact(plan: Path, name: str) -> None:
     "Run the notebook of one artefact of a plan, and stamp what it made."
@@ -383,7 +395,7 @@ def artefact(plan: Path, name: str) -> None:
     text = json.loads(plan.read_text(encoding="utf-8"))
     with _worker(text) as store, _told(name): make_artefact(papers.get_artefact(*name.split("/")), text["profile"], store)
 
-
+# %% ../nbs/15_cli.ipynb #8e8cafc1
 def make_artefact(artefact, profile: str, store: Store) -> None:
     "Execute an artefact's notebook, see that it wrote its files, and stamp them."
     from ddkit import papers
@@ -397,7 +409,7 @@ def make_artefact(artefact, profile: str, store: Store) -> None:
     runs.write_json(stamp_path(artefact, profile, store),
                     {"inputs": inputs, "outputs": {p.name: runs.file_sha256(p) for p in made}, "seconds": round(time.time() - started, 2)})
 
-
+# %% ../nbs/15_cli.ipynb #c677a0de
 @contextlib.contextmanager
 def _worker(text: dict):
     "A worker's surroundings: the kit's folder, the plan's store, one GPU, and an orderly end when it is told to stop."
@@ -407,7 +419,7 @@ def _worker(text: dict):
     store = Store()
     with gpu_slot(store): yield store
 
-
+# %% ../nbs/15_cli.ipynb #1a110615
 @contextlib.contextmanager
 def _told(what: str):
     "Whatever goes wrong is in the log in full, and in one last line."
@@ -450,7 +462,7 @@ def engine() -> None:
     from snakemake.cli import main as snakemake
     snakemake(sys.argv[1:])
 
-
+# %% ../nbs/15_cli.ipynb #a2aa9506
 def start_engine(
     plan: Path,  # a plan file
     store: Store,
@@ -470,7 +482,7 @@ def start_engine(
         return subprocess.Popen([sys.executable, "-c", "from ddkit.cli import engine; engine()", *arguments], env=surroundings, cwd=runs.project_root(),
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-
+# %% ../nbs/15_cli.ipynb #05eb8754
 def stop_engine(process: subprocess.Popen, patience: float = 5.0) -> None:
     "End Snakemake and its workers: asked first, killed after `patience` seconds. Nothing if they have ended."
     for how in (signal.SIGTERM, signal.SIGKILL):
@@ -486,7 +498,7 @@ def duration(
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
-
+# %% ../nbs/15_cli.ipynb #965bf89a
 @dataclass
 class Progress:
     "What of a plan has been done so far, told line by line."
@@ -532,7 +544,7 @@ class Progress:
         overhead = min(3.0, max(1.0, (now - self.started) * self.jobs / self.worked)) if self.worked > 5 else 1.3
         return work * overhead / self.jobs
 
-
+# %% ../nbs/15_cli.ipynb #aa643a33
 def _last_lines(path: Path, count: int) -> list[str]:
     "The last lines of a log that are not empty."
     with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -571,7 +583,7 @@ def execute(
     if process.returncode or progress.cells or progress.artefacts: _explain(progress, path.parent); return False
     return True
 
-
+# %% ../nbs/15_cli.ipynb #db6f6c15
 def _explain(progress: Progress, logs: Path) -> None:
     "What failed, with the end of its log and the log's path."
     cut_off = [log for log in sorted(logs.glob("*.log")) if log.stem != "snakemake" and log.stem in _unfinished(logs)]
@@ -580,7 +592,7 @@ def _explain(progress: Progress, logs: Path) -> None:
         print(f"\n--- {_short(log)}", file=sys.stderr)
         print("\n".join(_last_lines(log, 15)) or "(empty: its process was killed before it could say anything)", file=sys.stderr)
     if len(told) > 3: print(f"\n--- and {len(told) - 3} more logs in {_short(logs)}", file=sys.stderr)
-    print(f"\n{len(progress.cells)} cells and {len(progress.artefacts)} artefacts were not made; what is finished stays, and the same command goes on from there.", file=sys.stderr)
+    print(f"\nnot made: {_count(progress.cells, 'cell')}, {_count(progress.artefacts, 'artefact')}; what is finished stays, and the same command goes on from there.", file=sys.stderr)
 
 
 def _unfinished(logs: Path) -> set[str]:
@@ -605,12 +617,13 @@ def reproduce(
     started, store = time.monotonic(), _store(runs_)
     ids = [i.strip() for i in only.split(",") if i.strip()] if only else None
     plan = make_plan(paper, ids, profile, store)
-    if not plan.stale: return _nothing_to_do(plan, store)
+    if not plan.stale and not plan.todo: return _nothing_to_do(plan, store)
     devices = _gpus(plan, gpus)
     workers = jobs or len(devices) or _cores()
     if dry_run: _announce(plan, store, workers); return _list_work(plan, store, workers)
     with _one_head(store) as waited:
-        if waited and not (plan := make_plan(paper, ids, profile, store)).stale: return _nothing_to_do(plan, store)
+        if waited: plan = make_plan(paper, ids, profile, store)
+        if not plan.stale and not plan.todo: return _nothing_to_do(plan, store)
         _announce(plan, store, workers)
         try:
             signal.signal(signal.SIGTERM, _interrupt)
@@ -621,7 +634,7 @@ def reproduce(
     print(f"Done in {duration(time.monotonic() - started)}.")
     _print_artefacts(plan)
 
-
+# %% ../nbs/15_cli.ipynb #06c288f3
 def _interrupt(*_): raise KeyboardInterrupt
 
 
@@ -638,7 +651,7 @@ def _gpus(plan: Plan, count: int | None) -> list[str]:
     if count and count > len(names): raise ValueError(f"--gpus {count}: only {len(names)} visible")
     return names[:count]
 
-
+# %% ../nbs/15_cli.ipynb #503cb631
 @contextlib.contextmanager
 def _one_head(store: Store):
     "Hold the store's engine lock; yields whether another head had to be waited for."
@@ -653,15 +666,18 @@ def _one_head(store: Store):
 
 
 def _nothing_to_do(plan: Plan, store: Store) -> None:
-    print(f"Nothing to do: {len(plan.artefacts)} artefacts are up to date, {len(plan.cells)} cells are in {_short(store.root)}.")
+    print(f"Nothing to do: {_count(plan.artefacts, 'artefact')} up to date, {_count(plan.cells, 'cell')} in {_short(store.root)}.")
     _print_artefacts(plan)
+
+# %% ../nbs/15_cli.ipynb #f354b175
+def _count(things, name: str) -> str: return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _announce(plan: Plan, store: Store, workers: int) -> None:
-    print(f"{len(plan.artefacts)} artefacts on profile {plan.profile}, {len(plan.stale)} to make: {' '.join(plan.stale)}")
-    print(f"{len(plan.cells)} cells, {len(plan.cells) - len(plan.todo)} in {_short(store.root)}, {len(plan.todo)} to compute")
+    print(f"{_count(plan.artefacts, 'artefact')} on profile {plan.profile}, {len(plan.stale)} to make: {' '.join(plan.stale)}")
+    print(f"{_count(plan.cells, 'cell')}, {len(plan.cells) - len(plan.todo)} in {_short(store.root)}, {len(plan.todo)} to compute")
     seconds = sum(runs.estimate(c, plan.seconds) for c in plan.todo) + NOTEBOOK_SECONDS * len(plan.stale)
-    print(f"about {duration(1.2 * seconds / workers)} with {workers} process{'es' * (workers > 1)}{'' if plan.seconds else ' (a guess: the store has no durations yet)'}", flush=True)
+    print(f"about {duration(1.2 * seconds / workers)} with {workers} process{'es' * (workers != 1)}{'' if plan.seconds else ' (a guess: the store has no durations yet)'}", flush=True)
 
 
 def _list_work(plan: Plan, store: Store, workers: int) -> None:
@@ -671,14 +687,15 @@ def _list_work(plan: Plan, store: Store, workers: int) -> None:
     for name, why in plan.stale.items(): print(f"  {name}: {why}")
     print("Nothing was done (--dry-run).")
 
-
+# %% ../nbs/15_cli.ipynb #210d964a
 def _print_artefacts(plan: Plan) -> None:
-    "Where the files are: one line an artefact."
+    "Where the files are: one line for all formats of a table or figure."
     for artefact in plan.artefacts:
-        files = [p for p in _outputs(artefact, plan.profile)]
-        stem = files[0].with_suffix("")
-        ours = sorted({p.name.removeprefix(stem.name) for p in files if p.name.startswith(stem.name)})
-        print(f"  {artefact.name}: {_short(stem)}{' '.join(ours)}")
+        endings: dict[Path, list] = {}
+        for path in _outputs(artefact, plan.profile):
+            stem, _, ending = path.name.partition(".")
+            endings.setdefault(path.with_name(stem), []).append(f".{ending}")
+        for stem, ends in endings.items(): print(f"  {artefact.name}: {_short(stem)} {' '.join(ends)}")
 
 # %% ../nbs/15_cli.ipynb #e6d94f67
 @app.command(epilog="Example: ddkit status --profile digits")
@@ -697,6 +714,7 @@ def status(
         rows.append((kind, str(len(own)), duration(sum(r["seconds"] for r in own)) if own else "-", f"{size / 2**20:.1f} MB"))
     print(f"store {_short(store.root)}")
     _columns(rows)
+    if left := [p for p in (store.root / "tmp").glob("*") if p.is_dir()]: print(f"{_count(left, 'cell')} in the making, or left by a killed process (the next `reproduce` clears that away)")
     for record in records:
         if wrong := runs.problem(record["path"], thorough=verify): print(f"damaged: {record['cell']} in {_short(record['path'])} ({wrong})")
     plan = make_plan(None, None, profile, store)

@@ -77,7 +77,7 @@ class _Bare(ast.NodeTransformer):
     def visit_Assign(self, node):
         return None if any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets) else self.generic_visit(node)
 
-
+# %% ../nbs/12_runs.ipynb #c9ebeeed
 def bare_code(
     source: str,  # Python source
 ) -> str:
@@ -97,7 +97,7 @@ def module_path(name: str) -> Path:
     "The file of a module of the kit."
     return Path(ddkit.__file__).parent / f"{name}.py"
 
-
+# %% ../nbs/12_runs.ipynb #e75b0f3b
 @functools.cache
 def kit_code(
     name: str,  # a module of the kit, "sampling", or one of its functions, "methods.encode_training_set"
@@ -140,7 +140,7 @@ def _remembered(name: str, stamp, compute):
 @functools.cache
 def _digests(): return dict(_read_json(runs_root() / "digests.json"))
 
-
+# %% ../nbs/12_runs.ipynb #1ee0644c
 def _read_json(path: Path) -> dict:
     "A JSON file as a dict; empty if there is none or it does not parse."
     try: value = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +176,7 @@ def weights_digest(
         parts.append(_remembered(str(file.resolve()), [stat.st_size, stat.st_mtime_ns], lambda: file_sha256(file)))
     return digest(parts)
 
-
+# %% ../nbs/12_runs.ipynb #b0e65d52
 def data_fingerprint(
     profile: Profile,
 ) -> str:
@@ -196,7 +196,7 @@ def _folder_fingerprint(root: Path, classes: str, moment: int) -> str:
     stamp = [[f"{f.parent.name}/{f.name}", f.stat().st_mtime_ns] for f in folders]
     return _remembered(f"{root.resolve()} {classes}", stamp, lambda: digest([[f.parent.name, f.name, _names_sizes(f)] for f in folders]))
 
-
+# %% ../nbs/12_runs.ipynb #1e9b4681
 def _names_sizes(folder: Path) -> list:
     with os.scandir(folder) as entries: return sorted([e.name, e.stat().st_size] for e in entries if e.is_file())
 
@@ -222,7 +222,7 @@ WITHOUT_EFFECT = {
 # %% ../nbs/12_runs.ipynb #afc73b70
 KINDS = ("encode", "distill", "evaluate", "measure")
 
-
+# %% ../nbs/12_runs.ipynb #0b890fd8
 @dataclass(frozen=True, repr=False)
 class Cell:
     "One unit of work. Equal cells are equal objects; `key` is the name in the store."
@@ -256,12 +256,10 @@ class Cell:
         return digest(self.identity)
 
     def __str__(self) -> str:
-        what = {"encode": "encode", "distill": "distill", "measure": "measure"}.get(self.kind, f"{self.kind} {self.network}")
         if self.kind == "encode": return f"encode {self.profile.dataset}"
-        size = "" if self.is_full else f" ipc {self.ipc}"
-        soft = f" {self.protocol}" if self.protocol not in ("", "hard") else ""
-        extra = "".join(f" {k}={v}" for k, v in self.options)
-        return f"{what} {self.method}{size}{extra} seed {self.seed}{soft}"
+        size = "" if self.is_full else f"ipc {self.ipc}"
+        protocol = "" if self.protocol == "hard" else self.protocol
+        return " ".join(filter(None, [self.kind, self.network, protocol, self.method, size, *(f"{k}={v}" for k, v in self.options), f"seed {self.seed}"]))
 
     def __repr__(self) -> str: return f"Cell({self}, profile {self.profile.name})"
 
@@ -274,7 +272,7 @@ class Cell:
         "The inverse of `to_dict`, also after a trip through JSON."
         return cls(**{k: _tuples(v) for k, v in values.items() if k != "profile"}, profile=Profile(**{k: _tuples(v) for k, v in values["profile"].items()}))
 
-
+# %% ../nbs/12_runs.ipynb #46a60e20
 def _tuples(value): return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/12_runs.ipynb #185541e0
@@ -291,7 +289,7 @@ def _identity(cell: Cell) -> dict:
     }
     return known | ({"weights": generator_digest(cell.profile)} if cell.kind in ("encode", "distill") else {})
 
-
+# %% ../nbs/12_runs.ipynb #d4136909
 @functools.cache
 def code_digest(
     kind: str,  # kind of cell
@@ -321,7 +319,7 @@ def encode_cell(
     "The latents of the real training set."
     return Cell("encode", profile)
 
-
+# %% ../nbs/12_runs.ipynb #cddb88fa
 def distill_cell(
     profile: Profile,
     method: str,  # see `ddkit.methods.method_names()`
@@ -336,7 +334,7 @@ def distill_cell(
     recipe(method)  # raises for an unknown one
     return Cell("distill", profile, method, _ipc(ipc), int(seed), options=_options(options))
 
-
+# %% ../nbs/12_runs.ipynb #763481f2
 def evaluate_cell(
     profile: Profile,
     method: str,  # a method, or "full": the whole real training set
@@ -348,13 +346,14 @@ def evaluate_cell(
 ) -> Cell:
     "One network trained on a distilled set and tested on real images."
     from ddkit.networks import network_names
-    if network not in network_names(): nearest_name("network", network, network_names())
-    if method != "full": distill_cell(profile, method, ipc, seed, **options)  # for its checks
+    from ddkit.protocols import protocol_names
     protocol = protocol or profile.protocol
+    if network not in network_names(): nearest_name("network", network, network_names())
+    if protocol not in protocol_names(): nearest_name("protocol", protocol, protocol_names())
     if method == "full": return Cell("evaluate", profile, "full", 0, int(seed), network, protocol)
-    return Cell("evaluate", profile, method, _ipc(ipc), int(seed), network, protocol, _options(options))
+    return replace(distill_cell(profile, method, ipc, seed, **options), kind="evaluate", network=network, protocol=protocol)
 
-
+# %% ../nbs/12_runs.ipynb #3621b4c7
 def measure_cell(
     profile: Profile,
     method: str,
@@ -417,7 +416,7 @@ def _files_in(folder: Path) -> dict[str, Path]:
     "Relative name → path of all payload files."
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMMARY}
 
-
+# %% ../nbs/12_runs.ipynb #f02b5f11
 def _sealed(record: dict) -> dict:
     "The record with a digest over itself, so that an edited `cell.json` is noticed too."
     body = {k: v for k, v in record.items() if k != "seal"}
@@ -522,7 +521,7 @@ class Store:
         found = [(p, _read_json(p)) for kind in KINDS for p in sorted((self.root / kind).glob(f"*/{SUMMARY}"))]
         return [record | {"path": path.parent} for path, record in found if record]
 
-
+# %% ../nbs/12_runs.ipynb #e1e58cd4
 def _result(cell: Cell, folder: Path) -> Result:
     record = _read_json(folder / SUMMARY)
     value = _read_json(folder / PAYLOAD[cell.kind]) if cell.kind in PAYLOAD else record["value"]
@@ -545,7 +544,7 @@ def compute_encode(cell: Cell, store: Store, folder: Path) -> dict:
     save_file({"latents": latents.contiguous(), "labels": data.train.labels}, folder / "latents.safetensors")
     return {"shape": list(latents.shape)}
 
-
+# %% ../nbs/12_runs.ipynb #acf7e692
 def compute_distill(cell: Cell, store: Store, folder: Path) -> dict:
     "A distilled set, as `ddkit.methods.distill` writes it."
     from ddkit.methods import distill
@@ -565,7 +564,7 @@ def compute_evaluate(cell: Cell, store: Store, folder: Path) -> dict:
     if cell.is_full: save_file({k: v.contiguous().cpu() for k, v in scores.network.state_dict().items()}, folder / "network.safetensors")
     return {k: getattr(scores, k) for k in ("best", "last", "per_class", "per_class_last", "curve", "settings")}
 
-
+# %% ../nbs/12_runs.ipynb #8ba40bfe
 def compute_measure(cell: Cell, store: Store, folder: Path) -> dict:
     "All registered metrics, in the features of the network trained on the full data."
     return measure_images(store, cell.profile, store.load(cell.upstream[0]).images)
@@ -583,7 +582,7 @@ def measure_images(
     full = feature_cell(profile)
     return measure(_real_features(full, store), _features(full, store, images))
 
-
+# %% ../nbs/12_runs.ipynb #00cc7a92
 def _plain(value):
     "Tensors, tuples and numpy numbers as JSON can hold them."
     if hasattr(value, "tolist"): value = value.tolist()
@@ -591,7 +590,7 @@ def _plain(value):
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/12_runs.ipynb #acf7e692
+# %% ../nbs/12_runs.ipynb #45288c01
 @functools.lru_cache(maxsize=1)
 def _feature_network(full: Cell, folder: Path):
     "The network of a full-data cell, from its safetensors."
@@ -611,7 +610,7 @@ def _features(full: Cell, store: Store, images):
     def prepare(batch): return normalize(resize_and_crop(to_pixels(batch), full.profile.eval_size).float() / 255, full.profile.normalization)
     return extract_features(_feature_network(full, store.compute(full).path), images, prepare=prepare)
 
-
+# %% ../nbs/12_runs.ipynb #e65db763
 @functools.lru_cache(maxsize=1)
 def _real_features(full: Cell, store: Store):
     return _features(full, store, _real_data(full.profile).train.images)
@@ -646,7 +645,7 @@ def one_thread(
         with threadpool_limits(1): yield
     finally: torch.set_num_threads(before)
 
-
+# %% ../nbs/12_runs.ipynb #ab4f2a5a
 def _compute(cell: Cell, store: Store, work: Path) -> None:
     "Compute into a temporary folder, describe what is there, move it into place. Nothing stays if anything fails."
     shutil.rmtree(work, ignore_errors=True)
@@ -661,7 +660,7 @@ def _compute(cell: Cell, store: Store, work: Path) -> None:
         os.rename(folder, store.path(cell))
     finally: shutil.rmtree(work, ignore_errors=True)
 
-
+# %% ../nbs/12_runs.ipynb #301e1496
 def _record(cell: Cell, folder: Path, value: dict, seconds: float) -> dict:
     "What `cell.json` says."
     files = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in _files_in(folder).items()}
@@ -706,7 +705,7 @@ def commit() -> str | None:
         return (last + ("-dirty" if git("status", "--porcelain", "--", *watched) else "")) or None
     except (OSError, subprocess.CalledProcessError): return None
 
-
+# %% ../nbs/12_runs.ipynb #1068933a
 def provenance(
     cells: list[Cell],  # whose results went in
     profile: Profile | dict[str, Profile],  # one profile, or role → profile
@@ -749,7 +748,7 @@ def results(
     rows += [_row(cell) | store.compute(cell).value for about, cell in measured.items() if about not in used]
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/12_runs.ipynb #0c255133
 def _about(cell: Cell) -> Cell:
     "The distilled set that a cell is about."
     return replace(cell, kind="distill", network="", protocol="")
@@ -774,7 +773,7 @@ def rough_seconds(cell: Cell) -> float:
 
 _RELATIVES = (("kind", "profile", "method", "ipc", "network"), ("kind", "profile", "ipc", "network"), ("kind", "profile", "network"), ("kind", "profile"))
 
-
+# %% ../nbs/12_runs.ipynb #9fa68f95
 def history(
     store: Store,
 ) -> dict[tuple, float]:
@@ -784,7 +783,7 @@ def history(
         for names in _RELATIVES: times.setdefault((names, *(record.get(n) for n in names)), []).append(record["seconds"])
     return {family: sorted(seconds)[len(seconds) // 2] for family, seconds in times.items()}
 
-
+# %% ../nbs/12_runs.ipynb #cadfe17d
 def estimate(
     cell: Cell,
     known: dict[tuple, float],  # from `history`
@@ -806,7 +805,7 @@ class Bundle:
     def __str__(self) -> str:
         return f"{self.name}: {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"
 
-
+# %% ../nbs/12_runs.ipynb #eb9d53c5
 def bundles(
     cells: list[Cell],  # what is to be computed, upstream cells included
     known: dict[tuple, float],  # from `history`
@@ -825,7 +824,7 @@ def _group(cell: Cell) -> tuple:
     if cell.kind == "encode" or cell.is_full: return (cell,)
     return ("measure", cell.profile) if cell.kind == "measure" else ("distill", cell.profile, cell.method)
 
-
+# %% ../nbs/12_runs.ipynb #65b4bbe1
 def _cut(group: list[Cell], seconds: dict, limit: float) -> list[list[Cell]]:
     "Pieces of a group of at most `limit` seconds where possible; what belongs to one distilled set stays together."
     sets: dict[Cell, list[Cell]] = {}
@@ -860,7 +859,7 @@ def notebook_parameters(
         found |= {t.id: ast.unparse(node.value) for t in targets if isinstance(t, ast.Name)}
     return found
 
-
+# %% ../nbs/12_runs.ipynb #9b2fab28
 def _read_notebook(path):
     import nbformat
     if not Path(path).is_file(): raise FileNotFoundError(f"no notebook {path}")
@@ -879,7 +878,7 @@ def check_parameters(
         try: canonical(value)
         except ValueError: raise ValueError(f"parameter {name} = {value!r} of {Path(path).name} should be a number, a word, or a list of them") from None
 
-# %% ../nbs/12_runs.ipynb #9b2fab28
+# %% ../nbs/12_runs.ipynb #8f8b9cef
 def run_notebook(
     path: str | Path,  # the notebook
     parameters: dict,  # name → plain value; the others keep their defaults
@@ -902,7 +901,7 @@ def run_notebook(
     failed.unlink(missing_ok=True)
     return out
 
-
+# %% ../nbs/12_runs.ipynb #6b856c8e
 def _execute(path, part: Path, parameters: dict, timeout: int | None, attempts: int = 2) -> None:
     "Papermill, with all its ways to fail as a `NotebookError` of one line."
     import nbclient.exceptions
@@ -917,7 +916,7 @@ def _execute(path, part: Path, parameters: dict, timeout: int | None, attempts: 
         if attempts < 2: raise NotebookError(str(error).splitlines()[-1]) from None
         _execute(path, part, parameters, timeout, attempts - 1)
 
-
+# %% ../nbs/12_runs.ipynb #632a9cf1
 def _stamp(part: Path, path, parameters: dict) -> None:
     "Mark the executed notebook complete, having seen that every code cell has run."
     import nbformat
@@ -934,7 +933,7 @@ def is_complete(
     "Whether `run_notebook` carried it to its end."
     return _read_json(Path(path)).get("metadata", {}).get("ddkit", {}).get("complete", False)
 
-
+# %% ../nbs/12_runs.ipynb #bffd2c76
 def notebook_code(
     path: str | Path,
 ) -> str:
