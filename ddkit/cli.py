@@ -512,6 +512,7 @@ class Progress:
         self.cells = {self.store.path(cell) / runs.SUMMARY: cell for cell in self.plan.todo}
         self.artefacts = {stamp_path(a, self.plan.profile, self.store): a for a in self.plan.artefacts if a.name in self.plan.stale}
         self.done, self.failed = self.plan.steps - len(self.cells) - len(self.artefacts), {}
+        self.several = len({cell.profile.name for cell in self.plan.cells}) > 1
         self.started, self.worked, self.known, self.learned = time.monotonic(), 0.0, self.plan.seconds, 0.0
 
     def look(self) -> None:
@@ -519,7 +520,7 @@ class Progress:
         for path in [p for p in self.cells if p.exists()]:
             cell, record = self.cells.pop(path), runs._read_json(path)
             self.worked += record.get("seconds", 0.0)
-            self._tell(f"{cell}: {record.get('summary', '')}")
+            self._tell(f"{cell}{f' on {cell.profile.name}' * self.several}: {record.get('summary', '')}")
         for path in [p for p in self.artefacts if p.exists()]:
             artefact = self.artefacts.pop(path)
             self.worked += NOTEBOOK_SECONDS
@@ -676,8 +677,9 @@ def _count(things, name: str) -> str: return f"{len(things)} {name}{'s' * (len(t
 def _announce(plan: Plan, store: Store, workers: int) -> None:
     print(f"{_count(plan.artefacts, 'artefact')} on profile {plan.profile}, {len(plan.stale)} to make: {' '.join(plan.stale)}")
     print(f"{_count(plan.cells, 'cell')}, {len(plan.cells) - len(plan.todo)} in {_short(store.root)}, {len(plan.todo)} to compute")
+    guessed = bool(plan.todo) and all(runs.estimate(c, plan.seconds) == runs.rough_seconds(c) for c in plan.todo)
     seconds = sum(runs.estimate(c, plan.seconds) for c in plan.todo) + NOTEBOOK_SECONDS * len(plan.stale)
-    print(f"about {duration(1.2 * seconds / workers)} with {workers} process{'es' * (workers != 1)}{'' if plan.seconds else ' (a guess: the store has no durations yet)'}", flush=True)
+    print(f"about {duration(1.2 * seconds / workers)} with {workers} process{'es' * (workers != 1)}{' (a guess: nothing like it is in the store yet)' * guessed}", flush=True)
 
 
 def _list_work(plan: Plan, store: Store, workers: int) -> None:
