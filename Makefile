@@ -16,7 +16,7 @@ reproduce: $(READY)
 	$(BIN)/ddkit reproduce --profile $(PROFILE)
 
 test: $(READY)
-	$(BIN)/nbdev-test --n_workers 2 --path nbs
+	$(BIN)/nbdev-test --n-workers 2 nbs
 	$(BIN)/python -m pytest -q tests
 
 bench: $(READY)

@@ -7,7 +7,7 @@ __all__ = ['app', 'ProfileOption', 'IpcOption', 'SeedOption', 'RunsOption', 'Set
            'FAILED', 'main', 'joined_pairs', 'profiles', 'distill', 'evaluate', 'measure', 'plain_value', 'run',
            'stamp_path', 'artefact_inputs', 'out_of_date', 'Plan', 'make_plan', 'plan_file', 'cells', 'artefact',
            'make_artefact', 'gpu_slot', 'engine', 'start_engine', 'stop_engine', 'duration', 'Progress', 'execute',
-           'reproduce', 'status']
+           'reproduce', 'check_inputs', 'status']
 
 # %% ../nbs/15_cli.ipynb #7395352e
 import contextlib
@@ -622,6 +622,7 @@ def reproduce(
     devices = _gpus(plan, gpus)
     workers = jobs or len(devices) or _cores()
     if dry_run: _announce(plan, store, workers); return _list_work(plan, store, workers)
+    check_inputs(plan)
     with _one_head(store) as waited:
         if waited: plan = make_plan(paper, ids, profile, store)
         if not plan.stale and not plan.todo: return _nothing_to_do(plan, store)
@@ -653,6 +654,15 @@ def _gpus(plan: Plan, count: int | None) -> list[str]:
     return names[:count]
 
 # %% ../nbs/15_cli.ipynb #503cb631
+def check_inputs(plan: Plan) -> None:
+    "Raise what the first worker would: a data root or a checkpoint that is missing is one line now, not an error in every bundle."
+    from ddkit.backbones import load_backbone
+    from ddkit.data import load_data
+    for profile in dict.fromkeys(cell.profile for cell in plan.todo):
+        if runs.data_fingerprint(profile).startswith("missing"): load_data(profile)
+        if profile.generator != "embedded" and not (profile.weights and Path(profile.weights).exists()): load_backbone(profile)
+
+
 @contextlib.contextmanager
 def _one_head(store: Store):
     "Hold the store's engine lock; yields whether another head had to be waited for."

@@ -76,10 +76,10 @@ class Profile:
     augmentations: tuple[str, ...] = ("crop", "flip", "color", "lighting", "cutmix")
     normalization: str = "imagenet"  # "imagenet" statistics, or "half": images stay in [−1, 1]
     feature_network: str = "resnet18"  # the network whose penultimate layer the metrics read
-    # how, not what: none of these may change a result beyond floating-point rounding
+    precision: str = "fp32"  # "fp32", or "bf16": on a GPU, the denoiser and the evaluation networks run in half precision
     seeds: tuple[int, ...] = (0, 1, 2)
+    # how, not what: these may not change a result beyond floating-point rounding
     device: str = "auto"  # "cpu", "cuda" or "auto"
-    precision: str = "fp32"  # "fp32" or "bf16"
     batch_size: int = 64  # images per sampling or encoding batch
 
     def replace(self, **changes) -> "Profile":

@@ -70,6 +70,8 @@ MISTAKES = {
     "reproduce --paper manifoldg --profile smoke": "unknown paper 'manifoldg'; did you mean 'manifoldgd'?",
     "reproduce --only table1,tabel2 --profile smoke": "unknown table or figure 'tabel2'; did you mean 'table2'?",
     "reproduce --profile digitz": "unknown profile 'digitz'; did you mean 'digits'?",
+    "reproduce --profile imagewoof --only fig4": "profile 'imagewoof' has no data root",
+    "reproduce --profile paper --only table1": "profile 'imagenette' has no data root",
     "status --profile digitz": "unknown profile 'digitz'; did you mean 'digits'?",
 }
 
