@@ -21,7 +21,9 @@ def readme_text() -> str:
     config.TagRemovePreprocessor.remove_input_tags = {"hide-input"}
     config.TagRemovePreprocessor.remove_cell_tags = {"hide"}
     exporter = MarkdownExporter(config=config, preprocessors=[TagRemovePreprocessor(config=config, enabled=True), RegexRemovePreprocessor])
-    body, resources = exporter.from_notebook_node(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4))
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}  # nbdev-clean drops it; it names the language of the code blocks
+    body, resources = exporter.from_notebook_node(notebook)
     if resources["outputs"]:
         raise SystemExit("nbs/index.ipynb: show pictures as files under figures/, not as cell outputs; a README cannot hold them")
     body = re.sub(r"\]\(\.\./", "](", body)
