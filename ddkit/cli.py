@@ -44,6 +44,9 @@ def main() -> None:
         if os.environ.get("DDKIT_TRACEBACK"): raise
         print(f"ddkit: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except SyntaxError as error:  # in a plugin: everything of the kit has been imported before
+        print(f"ddkit: {error.filename}, line {error.lineno} is no Python: {error.msg}", file=sys.stderr)
+        sys.exit(2)
     except runs.NotebookError as error:
         print(f"ddkit: {error}", file=sys.stderr)
         sys.exit(1)
@@ -204,7 +207,7 @@ def plain_value(text: str):
     return text
 
 # %% ../nbs/15_cli.ipynb #1a165118
-@app.command(epilog="Example: ddkit run nbs/papers/manifoldgd/table1_imagewoof.ipynb -p profile smoke")
+@app.command(epilog="Example: ddkit run nbs/papers/manifoldgd/fig4_l2_mmd.ipynb -p profile smoke")
 def run(
     notebook: Annotated[Path, typer.Argument(help="A notebook with a cell tagged 'parameters'.")],
     parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", metavar="NAME VALUE", help="A parameter; may be repeated.")] = None,
@@ -215,6 +218,7 @@ def run(
     store = _store(runs_)
     parameters = {name: plain_value(value) for name, _, value in (pair.partition("=") for pair in parameter or [])}
     runs.check_parameters(notebook, parameters)
+    if parameters.get("profile", "paper") != "paper": load_profile(str(parameters["profile"]))  # an unknown one is said before a kernel starts
     if out is not None: _free(out)
     print(f"executed: {_short(runs.run_notebook(notebook, parameters, out or store.root / 'notebooks' / notebook.name))}")
 
@@ -619,9 +623,12 @@ def reproduce(
     ids = [i.strip() for i in only.split(",") if i.strip()] if only else None
     plan = make_plan(paper, ids, profile, store)
     if not plan.stale and not plan.todo: return _nothing_to_do(plan, store)
+    if dry_run:
+        workers = jobs or gpus or len(_gpus(plan, None)) or _cores()
+        _announce(plan, store, workers)
+        return _list_work(plan, store, workers)
     devices = _gpus(plan, gpus)
     workers = jobs or len(devices) or _cores()
-    if dry_run: _announce(plan, store, workers); return _list_work(plan, store, workers)
     check_inputs(plan)
     with _one_head(store) as waited:
         if waited: plan = make_plan(paper, ids, profile, store)
@@ -650,7 +657,7 @@ def _gpus(plan: Plan, count: int | None) -> list[str]:
     import torch
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [n for n in named.split(",") if n] if named is not None else list(map(str, range(torch.cuda.device_count())))
-    if count and count > len(names): raise ValueError(f"--gpus {count}: only {len(names)} visible")
+    if count and count > len(names): raise ValueError(f"--gpus {count}: torch finds {len(names)} here; ask for fewer, or run on a machine that has them (--dry-run plans without)")
     return names[:count]
 
 # %% ../nbs/15_cli.ipynb #503cb631
