@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cast', 'ENDINGS', 'CORESETS', 'TRAINING_FREE', 'Artefact', 'artefact', 'get_artefact', 'select', 'cells', 'outputs',
-           'stem', 'accuracy_cells', 'fidelity_cells', 'reported']
+           'stem', 'accuracy_cells', 'fidelity_cells', 'comparison_ipc', 'comparison_cells', 'reported']
 
 # %% ../nbs/14_papers.ipynb #365d72c0
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Callable, Iterable
 
 import pandas as pd
 
-from .methods import load_plugins
+from .methods import get_method, load_plugins, method_names
 from .profiles import Profile, cast, find_settings, nearest_name
 from .runs import Cell, evaluate_cell, measure_cell
 
@@ -31,6 +31,7 @@ class Artefact:
     roles: tuple[str, ...]  # the datasets that the paper shows
     grid: Callable[[Cast], list[Cell]]
     parts: tuple[str, ...] = ("",)  # what its notebook saves, as endings of the stem: accuracy tables exist for the best and for the last evaluation
+    figures: tuple[str, ...] = ()  # figures that a table's notebook draws as well, by their ids
 
     @property
     def kind(self) -> str:
@@ -49,10 +50,10 @@ class Artefact:
 _ARTEFACTS: dict[str, Artefact] = {}
 
 
-def artefact(paper: str, id: str, slug: str, title: str, roles: tuple[str, ...], parts: tuple[str, ...] = ("",)):
+def artefact(paper: str, id: str, slug: str, title: str, roles: tuple[str, ...], parts: tuple[str, ...] = ("",), figures: tuple[str, ...] = ()):
     "Decorator: the function below is the grid of this table or figure."
     def add(grid: Callable[[Cast], list[Cell]]):
-        _ARTEFACTS[f"{paper}/{id}"] = Artefact(paper, id, slug, title, roles, grid, parts)
+        _ARTEFACTS[f"{paper}/{id}"] = Artefact(paper, id, slug, title, roles, grid, parts, figures)
         return grid
     return add
 
@@ -97,23 +98,29 @@ def outputs(
     profile: str,  # a profile's name, or "paper"
 ) -> list[Path]:
     "The files that its notebook writes, relative to the kit's folder."
-    stems = [_relative_stem(artefact, profile, part) for part in artefact.parts]
-    return [stem.with_name(stem.name + ending) for stem in stems for ending in ENDINGS[artefact.kind]]
+    own = [(_relative_stem(artefact, profile, part), artefact.kind) for part in artefact.parts]
+    drawn = [(_figure_stem(artefact, profile, figure), "figure") for figure in artefact.figures]
+    return [stem.with_name(stem.name + ending) for stem, kind in own + drawn for ending in ENDINGS[kind]]
 
 
 def stem(
     artefact: Artefact,
     profile: str,  # a profile's name, or "paper"
-    part: str = "",  # one of the artefact's parts
+    part: str = "",  # one of the artefact's parts, or of its figures
     settings: str | Path = "settings.ini",  # its folder is the kit's
 ) -> Path:
     "Where a notebook saves (a part of) its table or figure: a path without ending."
-    if part not in artefact.parts: nearest_name(f"part of {artefact.name}:", part, artefact.parts)
-    return find_settings(settings).parent / _relative_stem(artefact, profile, part)
+    if part not in (*artefact.parts, *artefact.figures): nearest_name(f"part of {artefact.name}:", part, [*artefact.parts, *artefact.figures])
+    relative = _figure_stem(artefact, profile, part) if part in artefact.figures else _relative_stem(artefact, profile, part)
+    return find_settings(settings).parent / relative
 
 
 def _relative_stem(artefact: Artefact, profile: str, part: str) -> Path:
     return Path("tables" if artefact.kind == "table" else "figures") / profile / artefact.paper / (artefact.id + part)
+
+
+def _figure_stem(artefact: Artefact, profile: str, figure: str) -> Path:
+    return Path("figures") / profile / artefact.paper / figure
 
 # %% ../nbs/14_papers.ipynb #c89a9261
 CORESETS = ("random", "herding", "k-center", "kmeans-closest")
@@ -160,6 +167,23 @@ def _(players: Cast) -> list[Cell]:
 def _(players: Cast) -> list[Cell]:
     methods = ("random", *TRAINING_FREE)
     return [c for p in players.values() for c in fidelity_cells(p, methods) + accuracy_cells(p, methods, ["resnetap10"])]
+
+# %% ../nbs/14_papers.ipynb #ddfb29c7
+def comparison_ipc(profile: Profile) -> int:
+    "The IPC at which methods are compared: 10 where the profile has it, else its largest."
+    return 10 if 10 in profile.ipcs else max(profile.ipcs)
+
+
+def comparison_cells(profile: Profile) -> list[Cell]:
+    "Every method of the kit (and of the profile's plugins) × network × seed at one IPC, and its fidelity."
+    at_ipc = profile.replace(ipcs=(comparison_ipc(profile),))
+    methods = [name for name in method_names() if get_method(name).recipe.__module__.startswith("ddkit.")]
+    return accuracy_cells(at_ipc, methods, profile.networks) + fidelity_cells(at_ipc, methods)
+
+# %% ../nbs/14_papers.ipynb #da721010
+@artefact("comparison", "table1", "all_methods", "All methods at one IPC: accuracy and fidelity", ("imagewoof",), figures=("fig1",))
+def _(players: Cast) -> list[Cell]:
+    return [c for p in players.values() for c in comparison_cells(p)]
 
 # %% ../nbs/14_papers.ipynb #ad22203a
 def reported(

@@ -42,9 +42,11 @@ class Profile:
     classes: str = ""  # name of a class list; empty: every class that the data has
     plugins: tuple[str, ...] = ()  # files with methods of your own, relative to settings.ini
     # generator
-    generator: str = "embedded"  # "embedded" or "dit"
-    weights: str = ""  # DiT: an original .pt, or a folder in diffusers' layout
-    vae: str = ""  # VAE: a folder in diffusers' layout; empty: <weights>/vae
+    generator: str = "embedded"  # "embedded", "dit", "stable-diffusion" or "latent-diffusion" (class-conditional)
+    weights: str = ""  # a folder in diffusers' layout or its hub name "owner/name"; DiT: also an original .pt
+    vae: str = ""  # VAE: a folder in diffusers' layout or its hub name; empty: <weights>/vae
+    prompt: str = "{}"  # Stable Diffusion: the text for a class, {} its name (D4M: the name alone)
+    negative_prompt: str = ""  # Stable Diffusion: the text for "any class" in classifier-free guidance
     sampler: str = "ddpm"  # "ddpm" or "ddim"
     steps: int = 50  # respaced sampling steps
     cfg_scale: float = 4.0  # classifier-free guidance
@@ -63,6 +65,18 @@ class Profile:
     radius_schedule: str = "exp"  # "exp", "cosine" or "linear"
     warm_steps: int = 5  # W, guided steps over which the radius shrinks
     bandwidth: float = 0.2  # released variant: scale of tanh(d_min / bandwidth)
+    # guidance by real images in the denoiser's features (DAP Sec. 3.3; γ and the stop step are not in the paper's text)
+    prior_scale: float = 1.0  # γ
+    prior_layer: int | None = None  # block whose output is compared; "auto": the backbone's default
+    prior_kernel: str = "linear"  # "linear" or "rbf"
+    prior_width: float = 1.0  # σ of RBF
+    prior_real: int = 500  # real images per class
+    prior_stop: int = 25  # guide while the respaced step index is above this
+    # fine-tuning (Minimax Diffusion, IMS³)
+    finetune_epochs: int = 8
+    finetune_batch_size: int = 8
+    finetune_learning_rate: float = 1e-3
+    finetune_ema: float = 0.9999  # decay of the averaged weights that sampling uses
     # evaluation
     networks: tuple[str, ...] = ("convnet6", "resnetap10", "resnet18")
     network_width: float = 1.0  # multiplies every channel count; 1 is the papers'
@@ -94,13 +108,14 @@ class Profile:
 _TYPES = typing.get_type_hints(Profile)
 
 _CHOICES = {
-    "dataset": ("digits", "imagefolder"), "generator": ("embedded", "dit"), "sampler": ("ddpm", "ddim"),
-    "variance": ("learned", "fixed"), "mode_kernel": ("rbf", "laplace", "imq"), "radius_schedule": ("exp", "cosine", "linear"),
+    "dataset": ("digits", "imagefolder"), "generator": ("embedded", "dit", "stable-diffusion", "latent-diffusion"), "sampler": ("ddpm", "ddim"),
+    "variance": ("learned", "fixed"), "mode_kernel": ("rbf", "laplace", "imq"), "radius_schedule": ("exp", "cosine", "linear"), "prior_kernel": ("linear", "rbf"),
     "protocol": ("hard",), "normalization": ("imagenet", "half"), "device": ("cpu", "cuda", "auto"), "precision": ("fp32", "bf16"),
 }
 
 _POSITIVE = {"image_size", "eval_size", "channels", "steps", "neighbours", "tangent_dim", "cloud_size", "network_width",
-             "evaluations", "eval_batch_size", "learning_rate", "batch_size", "kernel_width", "bandwidth", "radius_multiplier"}
+             "evaluations", "eval_batch_size", "learning_rate", "batch_size", "kernel_width", "bandwidth", "radius_multiplier",
+             "prior_width", "prior_real", "finetune_epochs", "finetune_batch_size", "finetune_learning_rate"}
 
 _KINDS = {int: "a whole number", float: "a number", str: "a word", int | None: "a whole number or auto",
           tuple[int, ...]: "whole numbers separated by spaces", tuple[str, ...]: "words separated by spaces"}
@@ -134,6 +149,7 @@ def _checked(key: str, value, where: str):
     if key in _CHOICES and out not in _CHOICES[key]: nearest_name(f"{key} of {where}:", out, _CHOICES[key])
     if key in _POSITIVE and not out > 0: raise ValueError(f"{where}: {key} = {value!r} must be above 0")
     if key in ("epochs", "full_epochs") and out is not None and out < 1: raise ValueError(f"{where}: {key} = {value!r} must be at least 1, or auto")
+    if key == "finetune_ema" and not 0 <= out < 1: raise ValueError(f"{where}: finetune_ema = {value!r} must be at least 0 (no averaging) and below 1")
     if key == "ipcs" and (not out or min(out) < 1): raise ValueError(f"{where}: ipcs = {value!r} must list at least one number, none below 1")
     if key == "seeds" and (not out or len(set(out)) != len(out) or min(out) < 0): raise ValueError(f"{where}: seeds = {value!r} must list at least one, no two equal, none below 0")
     return out

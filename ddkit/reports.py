@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHOD_STYLE', 'METHOD_LABELS', 'LABELS', 'TITLES', 'UNRANKED', 'FIELDS', 'COLUMN_WIDTH', 'TEXT_WIDTH', 'MethodStyle',
-           'method_styles', 'label', 'summarise', 'rank_marks', 'paired', 'verdict', 'latex_escape', 'Entry', 'Table',
-           'results_table', 'spread_note', 'artefact_label', 'save_table', 'read_provenance', 'figure_style',
-           'plot_by_ipc', 'method_legend', 'plot_against_accuracy', 'image_grid', 'save_figure']
+           'method_label', 'method_styles', 'label', 'summarise', 'rank_marks', 'paired', 'verdict', 'latex_escape',
+           'Entry', 'Table', 'results_table', 'spread_note', 'artefact_label', 'save_table', 'read_provenance',
+           'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy', 'image_grid', 'save_figure']
 
 # %% ../nbs/13_reports.ipynb #28e2d5a7
 import hashlib
@@ -59,8 +59,16 @@ METHOD_LABELS = {
     "dc": "DC", "dm": "DM", "mtt": "MTT", "idc-1": "IDC-1", "glad": "GLaD", "h-glad": "H-GLaD", "ld3m": "LD3M", "sre2l": "SRe²L", "g-vbsm": "G-VBSM", "rded": "RDED",
     "d4m": "D4M", "li2025": "Li et al.", "minimax": "Minimax", "vlcp": "VLCP", "d3hr": "D3HR", "cao2": "CaO²", "igd": "IGD",
     "ldm": "LDM", "stable-diffusion": "Stable Diffusion", "dit": "DiT", "mgd3": "MGD³", "manifoldgd": "ManifoldGD", "manifoldgd-paper": "ManifoldGD (paper)",
-    "manifoldgd-released": "ManifoldGD (released)", "dap": "DAP", "im": "IM", "s3": "S³", "ims3": "IMS³", "full": "Full",
+    "manifoldgd-released": "ManifoldGD (released)", "dap": "DAP", "im": "IM", "im-released": "IM (released)", "s3": "S³", "ims3": "IMS³",
+    "ims3-released": "IMS³ (released)", "full": "Full",
 }
+
+
+def method_label(
+    method: str,  # a name, or a sum: "mgd3 + dap"
+) -> str:
+    "A method as tables and legends show it; what is not known stays as it is."
+    return METHOD_LABELS.get(method) or " + ".join(METHOD_LABELS.get(part, part) for part in method.split(" + "))
 
 _FREE_COLORS = ("#332288", "#44AA99", "#999933", "#AA4499", "#661100", "#6699CC", "#117733", "#DDAA33")
 _FREE_MARKERS = ("<", ">", "p", "h", "d", "8", "H", ".")
@@ -72,7 +80,7 @@ def method_styles(
     "The fixed style of known methods; for others the free colours and markers, given out in alphabetical order."
     methods = list(dict.fromkeys(methods))
     others = sorted(m for m in methods if m not in METHOD_STYLE)
-    free = {m: MethodStyle(METHOD_LABELS.get(m, m), _FREE_COLORS[i % 8], _FREE_MARKERS[(i + i // 8) % 8], "--") for i, m in enumerate(others)}
+    free = {m: MethodStyle(method_label(m), _FREE_COLORS[i % 8], _FREE_MARKERS[(i + i // 8) % 8], "--") for i, m in enumerate(others)}
     return {m: METHOD_STYLE.get(m) or free[m] for m in methods}
 
 # %% ../nbs/13_reports.ipynb #7f5176d2
@@ -95,6 +103,7 @@ def label(
     if isinstance(value, tuple): return " − ".join(label(field, part, labels) for part in value)  # a difference
     known = {**LABELS.get(field, {}), **labels.get(field, {})}
     if value in known: return known[value]
+    if field == "method": return method_label(str(value))
     if field == "metric" and value in metric_names(): return get_metric(value).label
     return "—" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
