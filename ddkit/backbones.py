@@ -316,7 +316,9 @@ class Backbone:
 
     def model_labels(self, class_ids: torch.Tensor) -> torch.Tensor:
         "Dataset class ids → the labels that the denoiser was trained with (ImageNet's index for a subset's class)."
-        return self._labels[class_ids.cpu()].to(self.device)
+        ids = torch.as_tensor(class_ids).cpu()
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self._labels): raise ValueError(f"class ids run from {ids.min()} to {ids.max()}, the generator's classes from 0 to {len(self._labels) - 1}")
+        return self._labels[ids].to(self.device)
 
     @torch.no_grad()
     def encode(

@@ -142,6 +142,7 @@ class TuneStep:
     labels: torch.Tensor  # class of every latent, N
     alphas_cumprod: torch.Tensor  # ᾱ, one value a timestep
     predict: Callable | None = None  # (x, t) → the model's output for other inputs, labels dropped anew
+    fresh_noise: Callable | None = None  # () → another ε, independent of the first
 
     @property
     def eps(self) -> torch.Tensor:
@@ -204,17 +205,20 @@ class InversionMatching:
         weight: float = 0.002,  # λ_IM
         distance: str = "cosine",  # "cosine", or for the ablation "l1" and "mse"
         variant: str = "paper",  # "paper" or "released"
+        noise: str = "same",  # paper: the noise latent has the "same" ε as x_t, or a "fresh" one (see below)
     ):
+        if noise not in ("same", "fresh"): nearest_name("noise", noise, ("same", "fresh"))
         if distance not in _DISTANCES: nearest_name("distance", distance, _DISTANCES)
         if variant not in ("paper", "released"): nearest_name("variant", variant, ("paper", "released"))
         if variant == "released" and distance != "cosine": raise ValueError(f"the released inversion matching knows no distance but the cosine, not {distance!r}")
-        self.weight, self.distance, self.variant = weight, distance, variant
+        self.weight, self.distance, self.variant, self.noise = weight, distance, variant, noise
 
     def __call__(self, step: TuneStep) -> torch.Tensor:
         return self._released(step) if self.variant == "released" else self._paper(step)
 
     def _paper(self, step):
-        noisy = forward_noise(step.x0, step.noise, step.t, _following(step.alphas_cumprod))
+        noise = step.noise if self.noise == "same" else step.fresh_noise()
+        noisy = forward_noise(step.x0, noise, step.t, _following(step.alphas_cumprod))
         inverted = inversion_step(step.x_t, step.eps, step.t, step.alphas_cumprod)
         return self.weight * _DISTANCES[self.distance](noisy, inverted)
 
@@ -345,7 +349,9 @@ def _tune_step(tuned, x0, labels, label_dropout, draw) -> TuneStep:
         return tuned(x, t, torch.where(dropped, tuned.null_label, asked)).float()
 
     x_t = forward_noise(x0, noise, t, known)
-    return TuneStep(x0, noise, t, x_t, predict(x_t, t), labels.to(device), known, predict)
+    def fresh_noise(): return torch.randn(x0.shape, generator=draw).to(device)
+
+    return TuneStep(x0, noise, t, x_t, predict(x_t, t), labels.to(device), known, predict, fresh_noise)
 
 # %% ../nbs/06_finetuning.ipynb #15dbff8a
 def apply_finetuned(

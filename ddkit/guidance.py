@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'KERNELS', 'SCHEDULES', 'PATCH_NOISE', 'VARIANTS', 'DISTANCES', 'PRIOR_NOISE', 'STEP_LENGTH', 'StepState',
-           'PerImage', 'Guidance', 'SumGuidance', 'StopGuidance', 'SinceGuidance', 'rbf', 'laplace', 'imq',
+           'PerImage', 'rows_of', 'Guidance', 'SumGuidance', 'StopGuidance', 'SinceGuidance', 'rbf', 'laplace', 'imq',
            'mode_vector', 'ModeGuidance', 'tangent_basis', 'normal_part', 'plane_pull', 'manifold_pull',
            'annealed_radius', 'sphere_cloud', 'SyntheticNeighbourhood', 'RealNeighbourhood', 'ManifoldGuidance',
            'linear_distance', 'rbf_distance', 'kernel_distance_gradient', 'FeatureCache', 'PriorGuidance',
@@ -77,6 +77,11 @@ class PerImage:
                 raise ValueError(f"{type(self).__name__} has {rows} {name} for {shape[0]} images; it needs one per image (`.rows(...)` takes a batch's)")
 
 
+def rows_of(guidance: Callable, selection) -> Callable:
+    "A guidance for some of the images; a plain function knows nothing of images and stays as it is."
+    return guidance.rows(selection) if hasattr(guidance, "rows") else guidance
+
+
 class Guidance(PerImage):
     "A callable of a step's state that returns a shift, N×C×H×W. Subclasses define `__call__`."
     ordered: bool = False  # True: each class's images must be finished one after the other
@@ -127,7 +132,7 @@ class SumGuidance(Guidance):
             if hasattr(part, "remember"): part.remember(labels, latents)
 
     def rows(self, selection):
-        return SumGuidance(tuple(part.rows(selection) for part in self.parts))
+        return SumGuidance(tuple(rows_of(part, selection) for part in self.parts))
 
     def check(self, steps, shape):
         for part in self.parts:
@@ -151,7 +156,7 @@ class _WindowGuidance(Guidance):
 
     def rows(self, selection):
         part = copy.copy(self)
-        part.guidance = self.guidance.rows(selection)
+        part.guidance = rows_of(self.guidance, selection)
         return part
 
     def check(self, steps, shape):

@@ -8,9 +8,9 @@ __all__ = ['Weights', 'Recipe', 'WITHOUT_LATENTS', 'REFERENCES', 'DistilledSet',
            'get_method', 'register_sum', 'preparation', 'preparation_options', 'options_of', 'prepare', 'teacher',
            'random', 'herding', 'k_center', 'kmeans_closest', 'mode_guidance', 'manifold_guidance', 'dit', 'mgd3',
            'manifoldgd', 'manifoldgd_released', 'dap', 'finetune_minimax', 'minimax', 'finetune_difffit', 'difffit',
-           'finetune_im', 'finetune_im_released', 'im', 'im_released', 'extractor', 'teacher_features',
-           'latent_features', 'candidate_features', 'real_features', 's3', 'd4m', 'inversion', 'd3hr', 'cao2',
-           'surrogate', 'igd', 'check_options', 'distill', 'load_plugins']
+           'finetune_im', 'finetune_im_fresh', 'finetune_im_released', 'im', 'im_fresh', 'im_released', 'extractor',
+           'teacher_features', 'latent_features', 'candidate_features', 'real_features', 's3', 'd4m', 'inversion',
+           'd3hr', 'cao2', 'surrogate', 'igd', 'check_options', 'distill', 'load_plugins']
 
 # %% ../nbs/10_methods.ipynb #6e7ce911
 import hashlib
@@ -35,7 +35,7 @@ from PIL import Image
 from .backbones import Backbone, load_backbone
 from .data import RealData, load_data, to_images, to_pixels
 from .finetuning import DiffusionTerm, InversionMatching, Minimax, apply_finetuned, finetune, refine_latents
-from .guidance import Guidance, InfluenceGuidance, ManifoldGuidance, ModeGuidance, PriorGuidance, class_gradients
+from .guidance import Guidance, InfluenceGuidance, ManifoldGuidance, ModeGuidance, PriorGuidance, class_gradients, rows_of
 from .modes import discover_modes, random_order
 from .networks import create_network
 from .profiles import KIT, Profile, find_settings, nearest_name, torch_device
@@ -235,7 +235,7 @@ def sample_plan(
     indices = torch.arange(count).repeat(classes)
     labels = torch.arange(classes).repeat_interleave(count)
     rows = labels * workshop.ipc + indices % workshop.ipc  # the image of the set that a candidate may become
-    guidance = plan.guidance if plan.candidates == 1 or plan.guidance is None else plan.guidance.rows(rows)
+    guidance = plan.guidance if plan.candidates == 1 or plan.guidance is None else rows_of(plan.guidance, rows)
     start = {} if plan.start is None else {"x_start": plan.start(rows, indices), "start_index": plan.start_index}
     with torch.autocast(backbone.device.type, torch.bfloat16, enabled=p.precision == "bf16"):
         latents = sample_all(
@@ -474,7 +474,8 @@ def manifoldgd_released(workshop: Workshop, modes: str = "divisive-levelwise-rel
 def dap(workshop: Workshop) -> Guidance:
     "DAP: guidance by the distance to real images in the denoiser's features (Diffusion As Priors, Eq. 6 to 8)."
     p, backbone = workshop.profile, workshop.backbone
-    def features(x, t, labels): return backbone.features(x, t, labels, p.prior_layer)
+    def features(x, t, labels):
+        with torch.autocast(backbone.device.type, torch.bfloat16, enabled=p.precision == "bf16"): return backbone.features(x, t, labels, p.prior_layer)
     guidance = PriorGuidance(features, workshop.latents, workshop.data.train.labels, workshop.labels, scale=p.prior_scale, kernel=p.prior_kernel,
                              width=p.prior_width, real_count=p.prior_real, chunk=p.batch_size)
     return guidance.until(p.prior_stop)
@@ -516,6 +517,12 @@ def finetune_im(workshop: Workshop, weight: float = 0.002, distance: str = "cosi
     return _finetuned(workshop, [DiffusionTerm(), InversionMatching(weight, distance, "paper")])
 
 
+@preparation("im-fresh")
+def finetune_im_fresh(workshop: Workshop, weight: float = 0.002, distance: str = "cosine") -> Weights:
+    "The generator fine-tuned with inversion matching in another reading of the paper: the noise latent has noise of its own."
+    return _finetuned(workshop, [DiffusionTerm(), InversionMatching(weight, distance, "paper", noise="fresh")])
+
+
 @preparation("im-released")
 def finetune_im_released(workshop: Workshop, weight: float = 0.002) -> Weights:
     "The generator fine-tuned as IMS³'s released code does: another pair of latents is matched, and the minimax terms stay on."
@@ -525,6 +532,12 @@ def finetune_im_released(workshop: Workshop, weight: float = 0.002) -> Weights:
 @register("im", needs=(), finetuned="im")
 def im(workshop: Workshop) -> Plan:
     "IM: plain sampling from the generator fine-tuned with inversion matching (IMS³, Sec. 4.1)."
+    return Plan()
+
+
+@register("im-fresh", needs=(), finetuned="im-fresh")
+def im_fresh(workshop: Workshop) -> Plan:
+    "IM in another reading of the paper (`im-fresh` of the preparations)."
     return Plan()
 
 

@@ -59,7 +59,7 @@ METHOD_LABELS = {
     "dc": "DC", "dm": "DM", "mtt": "MTT", "idc-1": "IDC-1", "glad": "GLaD", "h-glad": "H-GLaD", "ld3m": "LD3M", "sre2l": "SRe²L", "g-vbsm": "G-VBSM", "rded": "RDED",
     "d4m": "D4M", "li2025": "Li et al.", "minimax": "Minimax", "vlcp": "VLCP", "d3hr": "D3HR", "cao2": "CaO²", "igd": "IGD",
     "ldm": "LDM", "stable-diffusion": "Stable Diffusion", "dit": "DiT", "mgd3": "MGD³", "manifoldgd": "ManifoldGD", "manifoldgd-paper": "ManifoldGD (paper)",
-    "manifoldgd-released": "ManifoldGD (released)", "dap": "DAP", "im": "IM", "im-released": "IM (released)", "s3": "S³", "ims3": "IMS³",
+    "manifoldgd-released": "ManifoldGD (released)", "dap": "DAP", "im": "IM", "difffit": "DiT (fine-tuned)", "im-fresh": "IM (fresh noise)", "im-released": "IM (released)", "s3": "S³", "ims3": "IMS³",
     "ims3-released": "IMS³ (released)", "full": "Full",
 }
 
