@@ -131,10 +131,11 @@ def accuracy_cells(
     profile: Profile,
     methods: Iterable[str],
     networks: Iterable[str],
+    ipcs: Iterable[int] | None = None,  # None: the profile's
 ) -> list[Cell]:
     "method × IPC × network × seed, and the full training set as the upper bound. A profile's plugins take part like any other method."
     methods, networks = [*methods, *load_plugins(profile)], list(networks)
-    distilled = [evaluate_cell(profile, m, ipc, seed, n) for n in networks for ipc in profile.ipcs for m in methods for seed in profile.seeds]
+    distilled = [evaluate_cell(profile, m, ipc, seed, n) for n in networks for ipc in ipcs or profile.ipcs for m in methods for seed in profile.seeds]
     full = [evaluate_cell(profile, "full", 0, seed, n) for n in networks for seed in profile.seeds]
     return full + distilled
 
@@ -142,10 +143,11 @@ def accuracy_cells(
 def fidelity_cells(
     profile: Profile,
     methods: Iterable[str],
+    ipcs: Iterable[int] | None = None,  # None: the profile's
 ) -> list[Cell]:
     "method × IPC × seed, all metrics."
     methods = [*methods, *load_plugins(profile)]
-    return [measure_cell(profile, m, ipc, seed) for ipc in profile.ipcs for m in methods for seed in profile.seeds]
+    return [measure_cell(profile, m, ipc, seed) for ipc in ipcs or profile.ipcs for m in methods for seed in profile.seeds]
 
 # %% ../nbs/14_papers.ipynb #c22ac359
 @artefact("manifoldgd", "table1", "accuracy_imagenette_imagenet100", "Accuracy on ImageNette and ImageNet-100", ("imagenette", "imagenet100"), ("", "-last"))
@@ -176,9 +178,8 @@ def comparison_ipc(profile: Profile) -> int:
 
 def comparison_cells(profile: Profile) -> list[Cell]:
     "Every method of the kit (and of the profile's plugins) × network × seed at one IPC, and its fidelity."
-    at_ipc = profile.replace(ipcs=(comparison_ipc(profile),))
-    methods = [name for name in method_names() if get_method(name).recipe.__module__.startswith("ddkit.")]
-    return accuracy_cells(at_ipc, methods, profile.networks) + fidelity_cells(at_ipc, methods)
+    methods, ipcs = [name for name in method_names() if get_method(name).recipe.__module__.startswith("ddkit.")], [comparison_ipc(profile)]
+    return accuracy_cells(profile, methods, profile.networks, ipcs) + fidelity_cells(profile, methods, ipcs)
 
 # %% ../nbs/14_papers.ipynb #da721010
 @artefact("comparison", "table1", "all_methods", "All methods at one IPC: accuracy and fidelity", ("imagewoof",), figures=("fig1",))
