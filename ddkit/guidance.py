@@ -92,6 +92,13 @@ class Guidance(PerImage):
     def __add__(self, other: Callable) -> "Guidance":
         return SumGuidance((self, other))
 
+    def acts_at(
+        self,
+        index: int,  # respaced step
+    ) -> bool:
+        "Whether it may shift anything at this step; a window answers for itself."
+        return True
+
     def until(self, stop: int) -> "Guidance":
         "The same guidance while the step index is above `stop`, nothing after."
         return StopGuidance(self, stop)
@@ -131,6 +138,9 @@ class SumGuidance(Guidance):
         for part in self.parts:
             if hasattr(part, "remember"): part.remember(labels, latents)
 
+    def acts_at(self, index):
+        return any(part.acts_at(index) if hasattr(part, "acts_at") else True for part in self.parts)
+
     def rows(self, selection):
         return SumGuidance(tuple(rows_of(part, selection) for part in self.parts))
 
@@ -159,6 +169,9 @@ class _WindowGuidance(Guidance):
         part.guidance = rows_of(self.guidance, selection)
         return part
 
+    def acts_at(self, index):
+        return self.open_at(index) and (self.guidance.acts_at(index) if hasattr(self.guidance, "acts_at") else True)
+
     def check(self, steps, shape):
         if hasattr(self.guidance, "check"): self.guidance.check(steps, shape)
 
@@ -171,7 +184,9 @@ class StopGuidance(_WindowGuidance):
         self.stop = stop
 
     def __call__(self, state):
-        return self.guidance(replace(state, stop=self.stop)) if state.index > self.stop else torch.zeros_like(state.x)
+        return self.guidance(replace(state, stop=self.stop)) if self.open_at(state.index) else torch.zeros_like(state.x)
+
+    def open_at(self, index): return index > self.stop
 
     def check(self, steps, shape):
         if not 0 <= self.stop <= steps:
@@ -187,7 +202,9 @@ class SinceGuidance(_WindowGuidance):
         self.first = first
 
     def __call__(self, state):
-        return self.guidance(state) if state.index <= self.first else torch.zeros_like(state.x)
+        return self.guidance(state) if self.open_at(state.index) else torch.zeros_like(state.x)
+
+    def open_at(self, index): return index <= self.first
 
     def check(self, steps, shape):
         if not 0 <= self.first < steps: raise ValueError(f"a guidance since step {self.first} of {steps}: choose 0 (the last step only) … {steps - 1} (all steps)")

@@ -7,8 +7,8 @@ __all__ = ['LUMINANCE', 'BRIGHTNESS', 'CONTRAST', 'SATURATION', 'COLOR_VALUES', 
            'PROTOCOLS', 'SURROGATE_EPOCHS', 'central_square', 'resize_and_crop', 'crop_boxes', 'resized_crop', 'flip',
            'jitter_factors', 'color_jitter', 'lighting', 'normalize', 'cutmix_box', 'cutmix', 'augment', 'check_steps',
            'epochs_for', 'evaluation_epochs', 'released_optimizer', 'Epoch', 'half_precision', 'train_hard_label',
-           'count_hits', 'Scores', 'protocol_names', 'evaluate', 'Classifier', 'train_on_real', 'load_classifier',
-           'training_checkpoints']
+           'count_hits', 'Scores', 'protocol_names', 'evaluate', 'Classifier', 'real_epochs', 'train_on_real',
+           'load_classifier', 'training_checkpoints']
 
 # %% ../nbs/09_protocols.ipynb #31040e5a
 import math
@@ -426,6 +426,14 @@ class Classifier:
         return self.network.features(self.prepare(images))
 
 
+def real_epochs(
+    profile: Profile,
+    data: RealData,
+) -> int:
+    "Epochs on the whole real training set: the profile's `full_epochs`, or by images per class as released."
+    return profile.full_epochs or epochs_for(int(torch.bincount(torch.as_tensor(data.train.labels)).max()), len(data.classes))
+
+
 def train_on_real(
     profile: Profile,
     network: str,  # one of `network_names()`
@@ -434,7 +442,7 @@ def train_on_real(
 ) -> nn.Module:
     "A network trained on the whole real training set, in eval mode."
     data = load_data(profile) if data is None else data
-    return evaluate(data.train, profile, network, seed=seed, data=data, epochs=profile.full_epochs).network
+    return evaluate(data.train, profile, network, seed=seed, data=data, epochs=real_epochs(profile, data)).network
 
 
 def load_classifier(

@@ -198,6 +198,7 @@ def match_distribution(
     chunk_bytes: int = 2**20,  # of groups in memory at a time (a few such arrays exist); what fits the processor's cache is fastest
     seed: int = 0,
     label: int = 0,  # the class: every class draws its own
+    draw: int = 0,  # another number, other groups
     variant: str = "released",  # of `group_scores`
 ) -> torch.Tensor:  # count×D, float32
     "The group with the lowest `group_scores` of many drawn from N(mean, std²) (D3HR). ValueError for statistics that are not D, finite and non-negative."
@@ -205,7 +206,7 @@ def match_distribution(
     if mean.ndim != 1 or mean.shape != std.shape: raise ValueError(f"mean and std must be D numbers each, not {tuple(mean.shape)} and {tuple(std.shape)}")
     if not mean.isfinite().all() or not std.isfinite().all() or (std < 0).any(): raise ValueError("mean and std must be finite, and std not negative")
     if groups < 1: raise ValueError(f"{groups} groups asked; at least 1 must be drawn")
-    key, counter = np.array([seed % 2**64, label % 2**64], dtype=np.uint64), np.array([0, 0, 0, GROUP_NOISE], dtype=np.uint64)
+    key, counter = np.array([seed % 2**64, label % 2**64], dtype=np.uint64), np.array([0, draw, 0, GROUP_NOISE], dtype=np.uint64)
     stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
     at_once = max(1, chunk_bytes // (4 * max(1, count) * len(mean)))
     best, lowest = None, torch.inf
