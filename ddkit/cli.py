@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'ProfileOption', 'IpcOption', 'SeedOption', 'RunsOption', 'SetOption', 'MethodOption', 'JobsOption',
-           'NOTEBOOK_SECONDS', 'FAILED', 'main', 'joined_pairs', 'profiles', 'methods', 'distill', 'evaluate',
-           'measure', 'plain_value', 'run', 'stamp_path', 'artefact_inputs', 'out_of_date', 'Plan', 'make_plan',
+           'NOTEBOOK_SECONDS', 'FAILED', 'main', 'joined_pairs', 'plain_value', 'profiles', 'methods', 'distill',
+           'evaluate', 'measure', 'run', 'stamp_path', 'artefact_inputs', 'out_of_date', 'Plan', 'make_plan',
            'plan_file', 'cells', 'artefact', 'make_artefact', 'gpu_slot', 'engine', 'start_engine', 'stop_engine',
            'duration', 'Progress', 'execute', 'reproduce', 'check_inputs', 'status']
 
@@ -70,6 +70,14 @@ def _version(wanted: bool) -> None:
 def _common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None: ...
+
+# %% ../nbs/15_cli.ipynb #a3b15357
+def plain_value(text: str):
+    "`'10'` → 10, `'0.1'` → 0.1, `'true'` and `'True'` → True, `'[1, 2]'` → [1, 2]; anything else is a word."
+    import ast
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError): return read(text)
+    return text
 
 # %% ../nbs/15_cli.ipynb #191e0302
 ProfileOption = Annotated[str, typer.Option("--profile", help="A section of settings.ini; `ddkit profiles` lists them.")]
@@ -219,14 +227,6 @@ def measure(
         values = runs.measure_images(store, chosen, load_distilled(what).images)
     else: values = store.compute(runs.measure_cell(chosen, what, ipc, seed, **_method_options(option))).value
     _show({name: f"{value:.4g}" for name, value in values.items()})
-
-# %% ../nbs/15_cli.ipynb #a3b15357
-def plain_value(text: str):
-    "`'10'` → 10, `'0.1'` → 0.1, `'true'` and `'True'` → True, `'[1, 2]'` → [1, 2]; anything else is a word."
-    import ast
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError): return read(text)
-    return text
 
 # %% ../nbs/15_cli.ipynb #1a165118
 @app.command(epilog="Example: ddkit run nbs/papers/manifoldgd/fig4_l2_mmd.ipynb -p profile smoke")
