@@ -796,6 +796,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ddkit.sampling._alphas_of': ('sampling.html#_alphas_of', 'ddkit/sampling.py'),
                                 'ddkit.sampling._check_cfg': ('sampling.html#_check_cfg', 'ddkit/sampling.py'),
                                 'ddkit.sampling._check_prediction': ('sampling.html#_check_prediction', 'ddkit/sampling.py'),
+                                'ddkit.sampling._checked_shift': ('sampling.html#_checked_shift', 'ddkit/sampling.py'),
                                 'ddkit.sampling._device_of': ('sampling.html#_device_of', 'ddkit/sampling.py'),
                                 'ddkit.sampling._fixed': ('sampling.html#_fixed', 'ddkit/sampling.py'),
                                 'ddkit.sampling._fixed_large': ('sampling.html#_fixed_large', 'ddkit/sampling.py'),

@@ -292,6 +292,7 @@ class Method:
     needs: tuple[str, ...] = ("latents",)  # "latents", "teacher", or names of preparations
     finetuned: str = ""  # the preparation whose weights the generator takes
     reads: tuple[str, ...] = READS  # groups of profile values that decide what it makes
+    fills: tuple[str, ...] = ()  # places of the plan that it takes for itself, or "images"
     parts: tuple["Method", ...] = ()  # of a sum
 
     @property
@@ -315,6 +316,7 @@ def register(
     needs: tuple[str, ...] = ("latents",),  # what it wants prepared: "latents", "teacher", or names of preparations
     finetuned: str = "",  # the preparation whose weights the generator takes
     reads: tuple[str, ...] = READS,  # groups of profile values that it looks at, of `READS`
+    fills: tuple[str, ...] = (),  # places of the plan that it takes for itself, or "images" if it makes them without a plan: sums that cannot be are refused before anything is computed
 ) -> Callable[[Recipe], Recipe]:
     "Decorator: make a recipe known under a name. Registering a name twice is an error, unless from the same place (a cell run again)."
     if "+" in name: raise ValueError(f"method {name!r}: a plus sign adds methods; choose a name without it, or `register_sum`")
@@ -322,7 +324,7 @@ def register(
         if group not in READS: nearest_name(f"group of values that method {name!r} reads:", group, READS)
     def add(recipe: Recipe) -> Recipe:
         _only_one("method", name, recipe, _METHODS[name].recipe if name in _METHODS else None)
-        _METHODS[name] = Method(name, recipe, tuple(needs), finetuned, tuple(reads))
+        _METHODS[name] = Method(name, recipe, tuple(needs), finetuned, tuple(reads), tuple(fills))
         return recipe
     return add
 
@@ -344,6 +346,7 @@ def get_method(
     "A method by name; an unknown name raises `ValueError` with the nearest one."
     if name in _METHODS: return _METHODS[name]
     names = [part.strip() for part in name.split("+")]
+    if "" in names: raise ValueError(f"method {name!r} has an empty part; write 'a + b'")
     for part in names:
         if part not in _METHODS: nearest_name("method", part, method_names())
     return _sum(names)
@@ -357,11 +360,15 @@ def _sum(names: list[str]) -> Method:
     if len({m.name for m in parts}) < len(parts): raise ValueError(f"method {said!r} names a part twice; name each once")
     known = next((m for m in _METHODS.values() if m.parts == parts), None)
     if known: return known
+    if images := [m.name for m in parts if "images" in m.fills]: raise ValueError(f"method {images[0]!r} makes its images itself and cannot be added to another")
+    for place in (p for i, m in enumerate(parts) for p in m.fills if any(p in other.fills for other in parts[:i])):
+        raise ValueError(f"method {said!r}: two methods cannot both decide {place!r}; add methods that differ in what they do")
     tuned = sorted({m.finetuned for m in parts if m.finetuned})
     if len(tuned) > 1: raise ValueError(f"method {said!r} wants the generator with two different weights ({', '.join(tuned)}); keep one of them")
     needs = tuple(dict.fromkeys(n for m in parts for n in m.needs))
     if tuned and "inversion" in needs: raise ValueError(f"method {said!r}: the statistics of `inversion` are those of the generator as it came, not of the one fine-tuned by {tuned[0]}; leave one of them out")
-    return Method(" + ".join(m.name for m in parts), _summed_recipe(parts), needs, "".join(tuned), tuple(r for r in READS if any(r in m.reads for m in parts)), parts)
+    return Method(" + ".join(m.name for m in parts), _summed_recipe(parts), needs, "".join(tuned), tuple(r for r in READS if any(r in m.reads for m in parts)),
+                  tuple(place for m in parts for place in m.fills), parts)
 
 
 def _summed_recipe(parts: tuple[Method, ...]) -> Recipe:
@@ -479,7 +486,7 @@ def prepare(
     "Run a preparation: weights on the CPU, by name. The same arguments give the same weights (on one device and number of threads)."
     load_plugins(profile)
     check_preparation(name, options)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):  # it may be asked for while candidates are judged without gradients
         made = _PREPARATIONS[name].function(Workshop(profile, ipc=1, seed=0, data=data, latents=latents), **options)
     if bad := [k for k, v in made.items() if not torch.isfinite(v).all()]: raise ValueError(f"preparation {name!r} made numbers that are not finite ({bad[0]}); nothing was kept")
     return {k: v.detach().cpu().contiguous() for k, v in made.items()}
@@ -491,25 +498,25 @@ def teacher(workshop: Workshop) -> Weights:
     return train_on_real(workshop.profile, workshop.profile.feature_network, data=workshop.data).state_dict()
 
 # %% ../nbs/10_methods.ipynb #5ead9f76
-@register("random", needs=(), reads=())
+@register("random", needs=(), reads=(), fills=("images",))
 def random(workshop: Workshop) -> torch.Tensor:
     "Random real images of each class."
     return workshop.choose("random")
 
 
-@register("herding", reads=())
+@register("herding", reads=(), fills=("images",))
 def herding(workshop: Workshop) -> torch.Tensor:
     "Herding: greedy mean matching (Welling, 2009)."
     return workshop.choose("herding")
 
 
-@register("k-center", reads=())
+@register("k-center", reads=(), fills=("images",))
 def k_center(workshop: Workshop) -> torch.Tensor:
     "K-Center: greedy farthest-first (Sener & Savarese, 2018)."
     return workshop.choose("k-center")
 
 
-@register("kmeans-closest", reads=())
+@register("kmeans-closest", reads=(), fills=("images",))
 def kmeans_closest(workshop: Workshop) -> torch.Tensor:
     "The real image closest to each k-means centre (MGD³, Table 7)."
     return workshop.choose("kmeans-closest")
@@ -533,7 +540,7 @@ def manifold_guidance(workshop: Workshop, centroids: torch.Tensor, variant: str)
 
 @register("dit", needs=(), reads=())
 def dit(workshop: Workshop) -> Plan:
-    "The generator without guidance (Peebles & Xie, 2023)."
+    "The generator as it is, with its classifier-free guidance and no other (Peebles & Xie, 2023)."
     return Plan()
 
 
@@ -695,7 +702,7 @@ def _finite(features: torch.Tensor, what: str) -> torch.Tensor:
 REFERENCES = ("real", "generated")
 
 
-@register("s3", needs=("teacher",), reads=("judge",))
+@register("s3", needs=("teacher",), reads=("judge",), fills=("candidates", "choose"))
 def s3(workshop: Workshop, groups: int = 5, alpha: float = 0.4, beta: float = 0.9, space: str = "teacher", reference: str = "real", real_count: int = 200) -> Plan:
     "S³: of several generated sets per class, the one near the real centroid and far from the other classes (IMS³, Sec. 4.2 and Algorithm 2)."
     if groups < 1: raise ValueError(f"groups = {groups}: S³ needs at least one group per class")
@@ -718,7 +725,7 @@ register_sum("im + s3", "ims3")
 register_sum("im-released + s3", "ims3-released");
 
 # %% ../nbs/10_methods.ipynb #ce79c3f7
-@register("d4m", reads=())
+@register("d4m", reads=(), fills=("start", "start_index"))
 def d4m(workshop: Workshop, strength: float = 0.7, modes: str = "minibatch-kmeans") -> Plan:
     "D4M: cluster centroids, noised with some strength and denoised (Su et al., 2024)."
     p = workshop.profile
@@ -749,10 +756,12 @@ def inversion(workshop: Workshop) -> Weights:
     return {"mean": mean, "std": std}
 
 
-@register("d3hr", needs=("inversion",), reads=())
+@register("d3hr", needs=("inversion",), reads=(), fills=("start", "start_index", "sampler"))
 def d3hr(workshop: Workshop, groups: int = 10_000) -> Plan:
     "D3HR: latents drawn from each class's Gaussian in noise space, the best-matching of many groups, decoded by DDIM (Zhao et al., 2025)."
-    found, ipc, device = workshop.prepared("inversion"), workshop.ipc, workshop.backbone.device
+    ipc, device = workshop.ipc, workshop.backbone.device
+    if ipc < 2: raise ValueError("d3hr compares the spread of a group's images, and one image has none; ask for an ipc of 2 or more")
+    found = workshop.prepared("inversion")
 
     def start(rows, indices):  # a further candidate set, if one is wanted, has a best group of its own
         sets = {(c, k): match_distribution(found["mean"][c].flatten().to(device), found["std"][c].flatten().to(device), ipc, groups, seed=workshop.seed, label=c, draw=k)
@@ -762,7 +771,7 @@ def d3hr(workshop: Workshop, groups: int = 10_000) -> Plan:
     return Plan(start=start, start_index=_inversion_index(workshop.profile), sampler="ddim", cfg_channels=workshop.backbone.latent_shape[0])
 
 # %% ../nbs/10_methods.ipynb #7cc5514d
-@register("cao2", needs=("teacher",), reads=("judge",))
+@register("cao2", needs=("teacher",), reads=("judge",), fills=("candidates", "choose", "refine"))
 def cao2(workshop: Workshop, candidates: int = 4, order: str = "auto", iterations: int = 100, condition: str = "null", variant: str = "paper") -> Plan:
     "CaO²: candidates that the teacher is sure of, and refined latents (Wang et al., 2025)."
     if candidates < 1: raise ValueError(f"candidates = {candidates}: CaO² needs at least one per image")
@@ -794,7 +803,7 @@ def surrogate(workshop: Workshop, surrogate_network: str = "convnet6") -> Weight
 
 
 @register("igd", needs=("surrogate",), reads=("judge",))
-def igd(workshop: Workshop, surrogate_network: str = "convnet6", scale: float = 5.0, deviation: float = 120.0, memory: int = 64, real_count: int = 200) -> Guidance:
+def igd(workshop: Workshop, surrogate_network: str = "convnet6", scale: float = 5.0, deviation: float | None = None, memory: int = 64, real_count: int = 200) -> Guidance:
     "IGD: guidance by the influence on a surrogate's training, and away from what is there already (Chen et al., 2025)."
     p, device, classes = workshop.profile, workshop.backbone.device, len(workshop.data.classes)
     flat = workshop.prepared("surrogate")
@@ -807,9 +816,9 @@ def igd(workshop: Workshop, surrogate_network: str = "convnet6", scale: float = 
         return class_gradients(judge.network, checkpoints, judge.prepare(workshop.data.train.batch(some).to(device)), torch.full((len(some),), c, device=device), [c])[c].cpu()
 
     real = {c: gradients(c) for c in range(classes)}
-    # the deviation term moves x_t by γ/‖x_t‖ at most, and ‖x_t‖ grows as √D: γ·D keeps the same share of it
+    if deviation is None: deviation = 120 * math.prod(workshop.backbone.latent_shape) / 4096  # it moves x_t by γ/‖x_t‖ at most, and ‖x_t‖ grows as √D: γ ∝ D keeps the same share of it
     guidance = InfluenceGuidance(lambda latents: judge.prepare(workshop.backbone.decode_with_grad(latents)), judge.network, checkpoints, real, workshop.labels,
-                                 scale=scale, deviation=deviation * math.prod(workshop.backbone.latent_shape) / 4096, memory=memory)
+                                 scale=scale, deviation=deviation, memory=memory)
     return guidance.since(min(round(0.9 * p.steps), p.steps - 1)).until(max(round(0.6 * p.steps) - 1, 0))
 
 # %% ../nbs/10_methods.ipynb #112ac1c0
@@ -827,6 +836,9 @@ def _images(method: Method, workshop: Workshop) -> torch.Tensor:
     images = made if isinstance(made, torch.Tensor) else generate(workshop, _returned(method, made))
     if images.ndim != 4 or images.shape[0] != len(workshop.labels): raise ValueError(f"method {method.name!r} made images of shape {tuple(images.shape)} for {len(workshop.labels)} labels; N×C×H×W is wanted")
     if not torch.isfinite(images).all(): raise ValueError(f"method {method.name!r} made images that are not finite; nothing was written")
+    p = workshop.profile
+    if tuple(images.shape[1:]) != (p.channels, p.image_size, p.image_size): raise ValueError(f"method {method.name!r} made images of {tuple(images.shape[1:])}, profile {p.name!r} has {(p.channels, p.image_size, p.image_size)}")
+    if images.abs().max() > 1.01: raise ValueError(f"method {method.name!r} made images in [{images.min():.3g}, {images.max():.3g}]; they belong into [−1, 1]")
     return images
 
 
@@ -842,8 +854,10 @@ def distill(
     **options,  # of the method, e.g. modes="gmm"
 ) -> DistilledSet:
     "Distil a dataset: run a recipe, write PNGs and manifest, return the set as it was written. Raises `ValueError` for an unknown method or option, or an IPC that cannot be had."
+    if not isinstance(profile, Profile): raise ValueError(f"profile = {profile!r} should be a Profile; `load_profile(name)` reads one")
     load_plugins(profile)
     method = get_method(name)
+    if not isinstance(ipc, int) or not isinstance(seed, int): raise ValueError(f"ipc = {ipc!r} and seed = {seed!r} should be whole numbers")
     if ipc < 1: raise ValueError(f"ipc = {ipc} makes no images; it must be at least 1")
     part_options(method, options)  # raises for what cannot be
     if out is not None: _check_free(Path(out))
@@ -867,6 +881,8 @@ def load_plugins(
             spec = importlib.util.spec_from_file_location(module, path)
             sys.modules[module] = importlib.util.module_from_spec(spec)
             try: spec.loader.exec_module(sys.modules[module])
-            except BaseException: del sys.modules[module]; raise
-        names += [n for n, m in _METHODS.items() if m.recipe.__module__ == module]
+            except Exception as error:
+                del sys.modules[module]
+                raise ValueError(f"plugin {plugin!r} of profile {profile.name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        names += [n for n, m in _METHODS.items() if any(part.recipe.__module__ == module for part in m.parts or (m,))]
     return names

@@ -312,7 +312,8 @@ def _identity(cell: Cell) -> dict:
 # %% ../nbs/12_runs.ipynb #ebea125e
 def _read(cell: Cell) -> list[str]:
     "The profile values that this cell's method or preparation reads besides those of its kind."
-    from ddkit.methods import _PREPARATIONS, get_method
+    from ddkit.methods import _PREPARATIONS, get_method, load_plugins
+    load_plugins(cell.profile)
     groups = get_method(cell.method).reads if cell.kind == "distill" else _PREPARATIONS[cell.method].reads if cell.kind == "finetune" else ()
     return [name for group in groups for name in READ[group]]
 

@@ -207,7 +207,7 @@ def _steps(model, labels, x, first, schedule, sampler, variance, cfg, guidance, 
                           lambda purpose, shape, chosen=None: streams(i, purpose, shape, chosen),
                           denoise=denoise_at(model, t, alpha_bar, labels, cfg), previous=float(schedule.previous[i]))
         with torch.autocast(x.device.type, enabled=False):  # the model may run in half precision, the geometry never
-            shift = guidance(state) if guidance is not None else 0.0
+            shift = _checked_shift(guidance, guidance(state), x) if guidance is not None else 0.0
             x = step(state, schedule, shift, noise)
         if not x.isfinite().all(): raise ValueError(f"the latents became NaN or infinite at step {i} (t = {t}); check the guidance's scale")
         yield Step(i, t, x, x0)
@@ -280,6 +280,13 @@ def _device_of(model, *tensors) -> torch.device:
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     if parameter is not None: return parameter.device
     return torch.device(getattr(model, "device", None) or next(t.device for t in tensors if t is not None))
+
+
+def _checked_shift(guidance, shift, x):
+    "The shift; one clear error for what cannot be added to the latents."
+    if isinstance(shift, (int, float)) or torch.is_tensor(shift) and (shift.numel() == 1 or shift.shape == x.shape): return shift
+    what = f"a shift of shape {tuple(shift.shape)}" if torch.is_tensor(shift) else type(shift).__name__
+    raise ValueError(f"{type(guidance).__name__} returned {what}; a guidance returns a shift of the latents' shape, {tuple(x.shape)} (attributes with one row per image belong into `per_image`)")
 
 
 def _check_prediction(prediction, x, variance, i, t):

@@ -109,3 +109,15 @@ def test_one_missing_thing_is_one_line_and_nothing_is_written(dit_profile, image
     for changes, message in ((dict(weights=str(tmp_path / "none.pt")), "none.pt"), (dict(vae=str(tmp_path / "none")), "none"), (dict(image_size=32), "8×8"), (dict(prior_layer=7), "no layer 7; this denoiser has 2 blocks")):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error: distill("dap", dit_profile.replace(**changes), ipc=1, out=tmp_path / "set")
         assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("method", ["s3", "cao2", "igd", "d3hr", "minimax + s3"])
+def test_methods_prepare_what_they_need_by_themselves(method):
+    """From Python, without a store: nothing was prepared before."""
+    made = distill(method, SMOKE, ipc=2, **SMALL.get(method, {}))
+    assert len(made) == 20
+
+
+def test_sums_that_cannot_be_are_refused_before_anything_is_computed():
+    for name, message in (("d4m + d3hr", "cannot both decide 'start'"), ("s3 + cao2", "cannot both decide 'candidates'"), ("minimax + random", "'random' makes its images itself"), ("im + minimax", "two different weights")):
+        with pytest.raises(ValueError, match=message): runs.distill_cell(SMOKE, name, 1)
