@@ -124,6 +124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ddkit.cli._profile': ('cli.html#_profile', 'ddkit/cli.py'),
                            'ddkit.cli._short': ('cli.html#_short', 'ddkit/cli.py'),
                            'ddkit.cli._show': ('cli.html#_show', 'ddkit/cli.py'),
+                           'ddkit.cli._show_method': ('cli.html#_show_method', 'ddkit/cli.py'),
                            'ddkit.cli._store': ('cli.html#_store', 'ddkit/cli.py'),
                            'ddkit.cli._told': ('cli.html#_told', 'ddkit/cli.py'),
                            'ddkit.cli._unfinished': ('cli.html#_unfinished', 'ddkit/cli.py'),

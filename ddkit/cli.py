@@ -140,15 +140,24 @@ def _columns(rows: list[tuple[str, ...]]) -> None:
     for row in rows: print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
 
 # %% ../nbs/15_cli.ipynb #52306ff2
-@app.command(epilog="Example: ddkit methods")
+@app.command(epilog="Example: ddkit methods s3")
 def methods(
+    name: Annotated[Optional[str], typer.Argument(help="Show this one: what it does, its options and their defaults.")] = None,
     profile: ProfileOption = "digits",
 ) -> None:
-    "List the methods, your own included: what each wants prepared first, and its options. Sums of methods, such as 'mgd3 + dap', are methods too."
+    "List the methods, your own included, or show one. Sums of methods, such as 'mgd3 + dap', are methods too."
     from ddkit.methods import get_method, load_plugins, method_names
     load_plugins(load_profile(profile))
+    if name: return _show_method(get_method(name))
     known = map(get_method, method_names())
     _columns([("method", "prepared first", "options")] + [(m.name, " ".join(m.preparations) or "-", " ".join(m.options) or "-") for m in known])
+
+
+def _show_method(method) -> None:
+    for part in method.parts or (method,):
+        print(f"{part.name}: {(part.recipe.__doc__ or 'no description').strip().splitlines()[0]}")
+        for option, told in part.options.items(): print(f"  --option {option}={told.default if told.default is not told.empty else '…'}")
+    if method.preparations: print(f"prepared first: {' '.join(method.preparations)}")
 
 # %% ../nbs/15_cli.ipynb #6e62502a
 @app.command(epilog="Example: ddkit distill manifoldgd --profile digits --ipc 10 --seed 0 --out manifoldgd-ipc10")
