@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CODE', 'IDENTITY', 'READ', 'WITHOUT_EFFECT', 'KINDS', 'SUMMARY', 'PAYLOAD', 'SMALL', 'COMPUTE', 'PACKAGES', 'LOAD',
-           'project_root', 'runs_root', 'canonical', 'digest', 'bare_code', 'module_path', 'kit_code', 'function_code',
-           'file_sha256', 'write_json', 'weights_digest', 'data_fingerprint', 'Cell', 'code_digest', 'generator_digest',
-           'encode_cell', 'distill_cell', 'finetune_cell', 'evaluate_cell', 'measure_cell', 'feature_cell', 'Result',
-           'problem', 'Store', 'compute_encode', 'compute_finetune', 'prepared_inputs', 'compute_distill',
-           'compute_evaluate', 'compute_measure', 'measure_images', 'package_versions', 'one_thread', 'commit',
-           'provenance', 'results', 'rough_seconds', 'history', 'estimate', 'Bundle', 'bundles', 'NotebookError',
-           'notebook_parameters', 'check_parameters', 'run_notebook', 'is_complete', 'notebook_code']
+           'canonical', 'digest', 'bare_code', 'module_path', 'kit_code', 'function_code', 'file_sha256', 'write_json',
+           'weights_digest', 'data_fingerprint', 'Cell', 'code_digest', 'generator_digest', 'encode_cell',
+           'distill_cell', 'finetune_cell', 'evaluate_cell', 'measure_cell', 'feature_cell', 'Result', 'problem',
+           'Store', 'compute_encode', 'compute_finetune', 'prepared_inputs', 'compute_distill', 'compute_evaluate',
+           'compute_measure', 'measure_images', 'package_versions', 'one_thread', 'commit', 'provenance', 'results',
+           'rough_seconds', 'history', 'estimate', 'Bundle', 'bundles', 'NotebookError', 'notebook_parameters',
+           'check_parameters', 'run_notebook', 'is_complete', 'notebook_code']
 
 # %% ../nbs/12_runs.ipynb #34c0b340
 import ast
@@ -35,18 +35,7 @@ from pathlib import Path
 import filelock
 
 import ddkit
-from .profiles import Profile, find_settings, nearest_name, torch_device
-
-# %% ../nbs/12_runs.ipynb #75904b50
-def project_root() -> Path:
-    "The folder of `settings.ini`, at or above the working folder; the working folder itself where there is none."
-    try: return find_settings().parent.resolve()
-    except FileNotFoundError: return Path.cwd()
-
-
-def runs_root() -> Path:
-    "The store's folder: `DDKIT_RUNS` if it is set, else `runs` in the kit's folder."
-    return Path(os.environ["DDKIT_RUNS"]).absolute() if os.environ.get("DDKIT_RUNS") else project_root() / "runs"
+from .profiles import Profile, nearest_name, project_root, runs_root, torch_device
 
 # %% ../nbs/12_runs.ipynb #d2661a11
 def canonical(
