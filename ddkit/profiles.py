@@ -95,9 +95,10 @@ class Profile:
     training: tuple[tuple[str, object], ...] = ()  # changes of the other protocols, ("soft.epochs", 60): in settings.ini a line `soft.epochs = 60`
     teacher_network: str = "resnet18"  # gives the soft labels
     teacher: str = ""  # its weights, a file with torchvision's parameter names; empty: the kit trains it on the real training set
-    feature_network: str = "resnet18"  # the network whose penultimate layer the metrics read
+    features: tuple[str, ...] = ("judge",)  # what the metrics look at: "judge" (the feature network), "inception" (FID's), "denoiser" (the generator's own)
+    feature_network: str = "resnet18"  # the judge: the network whose penultimate layer the metrics read
     feature_weights: str = ""  # its weights, a file with torchvision's parameter names (ImageNet's 1,000 classes); empty: the kit trains it
-    inception: str = ""  # FID's Inception weights: a file, or "auto" for torch-fidelity's usual cache; empty: no FID in Inception features
+    inception: str = "auto"  # FID's Inception weights: a file, or "auto" for torch-fidelity's usual cache
     precision: str = "fp32"  # "fp32", or "bf16": on a GPU, the denoiser and the evaluation networks run in half precision
     seeds: tuple[int, ...] = (0, 1, 2)
     # how, not what: these may not change a result beyond floating-point rounding
@@ -145,6 +146,8 @@ _CHOICES = {
     "schedule": ("steps", "cosine", "half-cosine", "constant"), "tested": ("throughout", "last-fifth"),
 }
 
+FEATURES = ("judge", "inception", "denoiser")
+
 _POSITIVE = {"image_size", "eval_size", "channels", "steps", "neighbours", "tangent_dim", "cloud_size", "network_width",
              "evaluations", "eval_batch_size", "learning_rate", "batch_size", "kernel_width", "bandwidth", "radius_multiplier",
              "prior_width", "prior_real", "finetune_epochs", "finetune_batch_size", "finetune_learning_rate",
@@ -184,6 +187,9 @@ def _checked(key: str, value, where: str, types: dict = _TYPES):
     if key in _POSITIVE and not out > 0: raise ValueError(f"{where}: {key} = {value!r} must be above 0")
     if key in ("epochs", "full_epochs") and out is not None and out < 1: raise ValueError(f"{where}: {key} = {value!r} must be at least 1, or auto")
     if key == "finetune_ema" and not 0 <= out < 1: raise ValueError(f"{where}: finetune_ema = {value!r} must be at least 0 (no averaging) and below 1")
+    if key == "features":
+        for word in out:
+            if word not in FEATURES: nearest_name(f"features of {where}:", word, FEATURES)
     if key == "ipcs" and (not out or min(out) < 1): raise ValueError(f"{where}: ipcs = {value!r} must list at least one number, none below 1")
     if key == "seeds" and (not out or len(set(out)) != len(out) or min(out) < 0): raise ValueError(f"{where}: seeds = {value!r} must list at least one, no two equal, none below 0")
     return out
