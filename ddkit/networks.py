@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Norm', 'NORMS', 'SMALLEST_IMAGE', 'instance_norm', 'convnet_pools', 'ConvNet', 'conv', 'shortcut', 'BasicBlock',
            'Bottleneck', 'BasicBlockAP', 'resnet_stem', 'resnetap_stem', 'ResNet', 'PlainNet', 'vit_patch', 'Attention',
-           'ViT', 'TransformersNetwork', 'network_names', 'create_network']
+           'ViT', 'TransformersNetwork', 'network_names', 'create_network', 'load_torchvision']
 
 # %% ../nbs/08_networks.ipynb #d2d4d55c
 import pickle
@@ -421,3 +421,53 @@ def create_network(
     if num_classes < 1 or channels < 1: raise ValueError(f"{name} needs at least one class and one channel, not {num_classes} and {channels}")
     if int(64 * width) < 1: raise ValueError(f"width {width} leaves {name} without channels; the smallest is 1/64")
     return _MAKERS[name](num_classes, image_size, channels, width, NORMS[norm])
+
+# %% ../nbs/08_networks.ipynb #cbac9d91
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    "The tensors of a checkpoint file: bare, or under `state_dict` or `model`; a DataParallel prefix is dropped."
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try: return load_file(path)
+        except SafetensorError as error: raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no readable file of weights: {' '.join(str(error).split())[:200]}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (names with tensors)")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _check_fit(weights: dict[str, torch.Tensor], network: nn.Module, what: str) -> None:
+    "Raise `ValueError` with the first name or shape that differs."
+    wanted = network.state_dict()
+    missing, unknown = [n for n in wanted if n not in weights], [n for n in weights if n not in wanted]
+    if missing or unknown:
+        raise ValueError(f"{what}: {len(missing)} names are missing{f' ({missing[0]}, …)' if missing else ''}, {len(unknown)} are unknown{f' ({unknown[0]}, …)' if unknown else ''}")
+    for name, value in wanted.items():
+        if weights[name].shape != value.shape: raise ValueError(f"{what}: {name} is {tuple(weights[name].shape)} in the file, {tuple(value.shape)} in the network")
+
+# %% ../nbs/08_networks.ipynb #48500f72
+def load_torchvision(
+    network_name: str,  # one of `network_names()`; torchvision's own files fit "resnet18", "resnet50" and "resnet101"
+    path: str | Path,  # the weights: .pth, .pt or .safetensors
+    num_classes: int = 1000,  # classes of the file
+    rows: list[int] | None = None,  # the classes to keep, in this order; None: all
+) -> nn.Module:  # with BatchNorm, for 224-pixel colour images, in eval mode
+    """A network with published weights. Nothing in the file is executed.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file that holds no weights, for weights of another network, and for rows that the file doesn't have."""
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"weights of {network_name} are missing: {path}")
+    weights, what = _read_weights(path), f"{path} does not fit {network_name} with BatchNorm and {num_classes} classes"
+    with torch.device("meta"): network = create_network(network_name, num_classes, norm="batch")
+    _check_fit(weights, network, what)
+    last = "fc" if hasattr(network, "fc") else "classifier"
+    if rows is not None:
+        if not len(rows) or min(rows) < 0 or max(rows) >= num_classes: raise ValueError(f"rows {list(rows)} must lie between 0 and {num_classes - 1}, and there must be one at least")
+        for part in ("weight", "bias"): weights[f"{last}.{part}"] = weights[f"{last}.{part}"][list(rows)]
+    network = create_network(network_name, num_classes if rows is None else len(rows), norm="batch")
+    network.load_state_dict(weights)
+    return network.eval()
