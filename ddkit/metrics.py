@@ -376,6 +376,9 @@ def load_inception(
     return network
 
 # %% ../nbs/11_metrics.ipynb #180e3696
+register_metric("lower", "FID", "fid", features="inception")(frechet_distance)
+
+
 @torch.no_grad()
 def inception_features(
     images: torch.Tensor,  # uint8, N×3×H×W, or N×1×H×W: grey
@@ -388,9 +391,6 @@ def inception_features(
         raise ValueError(f"Inception takes uint8 images N×3×H×W or N×1×H×W; got {images.dtype} of shape {tuple(images.shape)} (`ddkit.data.to_pixels` makes bytes)")
     network = (weights if isinstance(weights, FIDInception) else load_inception(weights)).to(device)
     return torch.cat([network(batch.to(device).expand(-1, 3, -1, -1)).cpu() for batch in images.split(batch_size)])
-
-
-register_metric("lower", "FID", "fid", features="inception")(frechet_distance)
 
 # %% ../nbs/11_metrics.ipynb #7b4bceb4
 @register_metric("higher", "Representativeness")
