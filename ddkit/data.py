@@ -440,6 +440,11 @@ class _Entry:
         count = len(self.listing)
         return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
+    @property
+    def about(self) -> dict:
+        "For whoever finds the folder."
+        return {"split": self.listing.split, "folders": self.listing.folders, "size": self.size, "channels": self.channels, "decoder": DECODER}
+
     def offset(self, chunk: int) -> int: return len(self.header) + self.chunks[chunk].start * self.image_bytes
 
 
@@ -492,7 +497,12 @@ def _open_unfinished(entry: _Entry) -> dict[int, int]:
     record = entry.unfinished / "chunks.txt"
     record.with_suffix(".new").write_text("".join(f"{chunk} {crc}\n" for chunk, crc in intact.items()), encoding="utf-8")
     os.replace(record.with_suffix(".new"), record)
+    _describe(entry)
     return intact
+
+
+def _describe(entry: _Entry, **more) -> None:
+    (entry.unfinished / "entry.json").write_text(json.dumps(entry.about | more, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_space(entry: _Entry, chunks: list[int]) -> None:
@@ -503,14 +513,13 @@ def _check_space(entry: _Entry, chunks: list[int]) -> None:
 def _finish(entry: _Entry) -> None:
     "All chunks are there: describe the entry and move it into place."
     with open(entry.unfinished / "pixels.npy", "rb") as file: os.fsync(file.fileno())
-    about = {"split": entry.listing.split, "images": len(entry.listing), "folders": entry.listing.folders, "size": entry.size, "channels": entry.channels,
-             "decoder": DECODER, "pillow": PIL.__version__, "stamp": _stamp(entry.unfinished)}
-    (entry.unfinished / "entry.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    _describe(entry, images=len(entry.listing), pillow=PIL.__version__, stamp=_stamp(entry.unfinished))
     os.rename(entry.unfinished, entry.folder)
 
 # %% ../nbs/01_data.ipynb #75f4639b
 def _decode(entry: _Entry, workers: int | None) -> None:
     "Called with the lock held: decode what is missing and move the entry into place. Every file that is no image is named, after all have been tried."
+    _sweep(entry)
     done = _open_unfinished(entry)
     missing = [c for c in range(len(entry.chunks)) if c not in done]
     _check_space(entry, missing)
@@ -526,9 +535,22 @@ def _decode(entry: _Entry, workers: int | None) -> None:
     _finish(entry)
 
 
+def _sweep(entry: _Entry) -> None:
+    "Remove what was left unfinished of the same split with other files: a damaged one was replaced meanwhile, say."
+    for folder in entry.folder.parent.glob("unfinished-*"):
+        try: about = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError): continue
+        if folder == entry.unfinished or about != entry.about: continue
+        with contextlib.suppress(filelock.Timeout), _lock_of(folder.with_name(folder.name.removeprefix("unfinished-"))).acquire(timeout=0): shutil.rmtree(folder, ignore_errors=True)
+
+
 def _progress(entry: _Entry, missing: list[int]) -> tqdm:
     left = sum(len(entry.chunks[c]) for c in missing)
     return tqdm(total=len(entry.listing), initial=len(entry.listing) - left, unit=" images", desc=f"decoding {entry.listing.split}", file=sys.stderr, disable=left < 10 * CHUNK)
+
+
+def _lock_of(folder: Path) -> filelock.BaseFileLock:
+    return filelock.FileLock(folder.parent / "locks" / f"{folder.name}.lock")
 
 
 @contextlib.contextmanager
@@ -537,7 +559,7 @@ def _lock(entry: _Entry):
     folder = entry.folder.parent / "locks"
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise ValueError(f"the cache of decoded images {entry.folder.parent} cannot be written ({_reason(error)}); set `cache = /path` in settings.ini") from None
-    lock = filelock.FileLock(folder / f"{entry.folder.name}.lock")
+    lock = _lock_of(entry.folder)
     try: lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"waiting for another process that decodes {entry.listing.split}", file=sys.stderr)

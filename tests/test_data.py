@@ -196,6 +196,7 @@ def test_all_damaged_files_are_named_at_once(own_train, cache):
     assert not list(cache.glob("train-*"))
     for path in broken: path.unlink()
     assert len(decoded(scan_split(own_train), SIZE, cache=cache, workers=1)) == 636
+    assert not list(cache.glob("unfinished-*"))  # of the files as they were
 
 
 def test_a_full_disk_is_said_before_decoding(train, cache, monkeypatch, chunks_decoded):
