@@ -132,7 +132,10 @@ class Training:
     augmentations: tuple[str, ...] = ("crop", "flip", "color", "lighting", "cutmix")
     crop_scale: float = 0.5  # smallest share of the area that "crop" keeps
     temperature: float = 1.0  # soft labels: both sides are divided by it
-    tested: str = "throughout"  # "throughout", or "last-fifth": only in the last 20 % of the epochs
+    norm_passes: int = 1  # BatchNorm: how often a batch enters the running statistics (RDED's trainer shows the student each batch twice)
+    evaluations: int = 100  # the test set is looked at every `epochs // evaluations` epochs, and at the end
+    tested: str = "throughout"  # "throughout"; "last-fifth": only in the last 20 % of the epochs; "last-hundred": only in the last hundred epochs
+    test_view: str = "whole"  # of a test image: "whole" (shorter side to S pixels, central square), or "centre" (shorter side to S // 7 * 8 first)
 
 # %% ../nbs/00_profiles.ipynb #5dd23dd1
 _TYPES = typing.get_type_hints(Profile)
@@ -143,7 +146,7 @@ _CHOICES = {
     "variance": ("learned", "fixed"), "mode_kernel": ("rbf", "laplace", "imq"), "radius_schedule": ("exp", "cosine", "linear"), "prior_kernel": ("linear", "rbf"),
     "memory_format": ("auto", "contiguous", "channels-last"), "normalization": ("imagenet", "half"), "device": ("cpu", "cuda", "auto"), "precision": ("fp32", "bf16"),
     "labels": ("hard", "soft", "stored"), "norm": ("instance", "batch"), "optimizer": ("sgd", "adamw"), "decayed": ("all", "matrices"),
-    "schedule": ("steps", "cosine", "half-cosine", "constant"), "tested": ("throughout", "last-fifth"),
+    "schedule": ("steps", "cosine", "half-cosine", "constant"), "tested": ("throughout", "last-fifth", "last-hundred"), "test_view": ("whole", "centre"),
 }
 
 FEATURES = ("judge", "inception", "denoiser")
@@ -151,7 +154,7 @@ FEATURES = ("judge", "inception", "denoiser")
 _POSITIVE = {"image_size", "eval_size", "channels", "steps", "neighbours", "tangent_dim", "cloud_size", "network_width",
              "evaluations", "eval_batch_size", "learning_rate", "batch_size", "kernel_width", "bandwidth", "radius_multiplier",
              "prior_width", "prior_real", "finetune_epochs", "finetune_batch_size", "finetune_learning_rate",
-             "seeds_together", "crop_scale", "temperature"}
+             "seeds_together", "crop_scale", "temperature", "norm_passes"}
 
 _KINDS = {int: "a whole number", float: "a number", str: "a word", int | None: "a whole number or auto",
           tuple[int, ...]: "whole numbers separated by spaces", tuple[str, ...]: "words separated by spaces"}
