@@ -214,7 +214,7 @@ def _blended(images: torch.Tensor, other: torch.Tensor | float, factor: float) -
 def _stretched(images: torch.Tensor) -> torch.Tensor:
     "PIL's `autocontrast`."
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-    scale = 255 / (high - low).double()
+    scale = images.new_tensor(255, dtype=torch.float64) / (high - low).double()  # a number over a tensor would be multiplied by its reciprocal
     return torch.where(high > low, (images * scale - low * scale).trunc().clamp(0, 255).to(images.dtype), images)
 
 
