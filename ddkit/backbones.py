@@ -196,7 +196,7 @@ def load_dit_checkpoint(
 ) -> DiT:
     "An original DiT checkpoint of any depth, width and class count, ready to call as (x N×C×H×W, t N, labels N) → N×(C or 2C)×H×W. Raises `FileNotFoundError`, or `ValueError` for what is no DiT."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"DiT weights {str(path)!r} are missing; set `dit = …` in [DEFAULT] of settings.ini")
+    if not path.is_file(): raise FileNotFoundError(f"DiT weights {str(path)!r} are missing; set `dit = …` in [DEFAULT] of settings.ini, or `weights = …` in the profile's section")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -411,7 +411,7 @@ def load_embedded(
     return Backbone(DiffusersDiT(dit), vae, (dit.config.in_channels, side, side), list(range(dit.config.num_embeds_ada_norm)), device)
 
 # %% ../nbs/02_backbones.ipynb #fd90b9ba
-_WHERE = {"dit": "`dit = …` in [DEFAULT]", "stable-diffusion": "`stable_diffusion = …` in [DEFAULT]", "latent-diffusion": "`weights = …` in the profile's section"}
+_WHERE = {"dit": "`dit = …` in [DEFAULT] (or `weights = …` in the profile's section)", "stable-diffusion": "`stable_diffusion = …` in [DEFAULT] (or `weights = …` in the profile's section)", "latent-diffusion": "`weights = …` in the profile's section"}
 
 
 def _is_hub_name(name: str) -> bool:
@@ -480,8 +480,7 @@ def _read_vae(profile: Profile) -> nn.Module:
 # %% ../nbs/02_backbones.ipynb #5e4d9ea6
 def _imagenet_labels(classes: str) -> list[int]:
     "The denoiser's labels of a class list."
-    if classes == "imagenet1k": return list(range(1000))
-    if classes not in class_lists(): nearest_name("class list", classes, [*class_lists(), "imagenet1k"])
+    if classes not in class_lists(): nearest_name("class list", classes, class_lists())
     return [c.imagenet_index for c in class_lists()[classes]]
 
 
@@ -599,9 +598,9 @@ def prompts(
     "One prompt a class, in label order, and the negative prompt last. Raises `ValueError` for a prompt without a place for the name, or classes without names."
     if profile.classes not in class_lists():
         nearest_name("class list with names for prompts:", profile.classes, class_lists())
-    try: made = [profile.prompt.format(c.name) for c in class_lists()[profile.classes]]
+    try: made, other = [profile.prompt.format(c.name) for c in class_lists()[profile.classes]], profile.prompt.format("")
     except (KeyError, IndexError, ValueError) as error: raise ValueError(f"prompt = {profile.prompt!r} does not format ({type(error).__name__}: {_one_line(error)}); write {{}} where the class name goes") from None
-    if len(set(made)) < len(made): raise ValueError(f"prompt = {profile.prompt!r} gives several classes the same text; write {{}} where the class name goes")
+    if other in made: raise ValueError(f"prompt = {profile.prompt!r} gives several classes the same text; write {{}} where the class name goes")
     return [*made, profile.negative_prompt]
 
 

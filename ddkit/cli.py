@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'ProfileOption', 'IpcOption', 'SeedOption', 'RunsOption', 'SetOption', 'MethodOption', 'JobsOption',
-           'NOTEBOOK_SECONDS', 'FAILED', 'main', 'joined_pairs', 'plain_value', 'profiles', 'methods', 'distill',
-           'evaluate', 'measure', 'run', 'stamp_path', 'artefact_inputs', 'out_of_date', 'Plan', 'make_plan',
-           'plan_file', 'cells', 'artefact', 'make_artefact', 'gpu_slot', 'engine', 'start_engine', 'stop_engine',
-           'duration', 'Progress', 'execute', 'reproduce', 'check_inputs', 'status']
+           'NOTEBOOK_SECONDS', 'FAILED', 'main', 'joined_pairs', 'plain_value', 'profiles', 'check', 'methods',
+           'networks', 'protocols', 'metrics', 'distill', 'evaluate', 'measure', 'run', 'stamp_path', 'artefact_inputs',
+           'out_of_date', 'Plan', 'make_plan', 'plan_file', 'cells', 'artefact', 'make_artefact', 'gpu_slot', 'engine',
+           'start_engine', 'stop_engine', 'duration', 'Progress', 'execute', 'reproduce', 'check_inputs', 'status']
 
 # %% ../nbs/15_cli.ipynb #7395352e
 import contextlib
@@ -28,7 +28,7 @@ import typer
 
 import ddkit
 from . import runs
-from .profiles import load_profile, nearest_name, profile_names
+from .profiles import load_profile, nearest_name, profile_names, torch_device
 from .runs import Bundle, Cell, Store
 
 # %% ../nbs/15_cli.ipynb #756ee236
@@ -98,7 +98,9 @@ def _profile(name: str, changes: list[str] | None):
 def _method_options(pairs: list[str] | None) -> dict:
     "Options of a method, as plain values."
     if wrong := [pair for pair in pairs or [] if "=" not in pair]: raise ValueError(f"--option {wrong[0]} should be NAME=VALUE, such as --option modes=gmm")
-    return {name: plain_value(value) for name, value in (pair.split("=", 1) for pair in pairs or [])}
+    named = [pair.split("=", 1) for pair in pairs or []]
+    if twice := [name for i, (name, _) in enumerate(named) if name in dict(named[:i])]: raise ValueError(f"--option {twice[0]} is given twice; give it once")
+    return {name: plain_value(value) for name, value in named}
 
 
 def _store(folder: Path | None) -> Store:
@@ -139,6 +141,57 @@ def _columns(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows: print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
 
+# %% ../nbs/15_cli.ipynb #346bdda8
+def _check_data(p) -> str:
+    from ddkit.data import survey
+    return survey(p)
+
+
+def _check_generator(p) -> str:
+    from ddkit.backbones import load_backbone
+    backbone = load_backbone(p.replace(device="cpu"))
+    return f"{p.generator}, latents {'×'.join(map(str, backbone.latent_shape))}, weights {runs.generator_digest(p)}"
+
+
+def _check_network(p, name: str, path: str) -> str:
+    from ddkit.networks import load_torchvision
+    if not path: return f"{name}, trained by the kit on the real training set when it is wanted"
+    load_torchvision(name, path)
+    return f"{name}, {Path(path).name}"
+
+
+def _check_inception(p) -> str:
+    from ddkit.metrics import inception_weights
+    return inception_weights(p.inception).name
+
+
+def _check_device(p) -> str:
+    import torch
+    device = torch_device(p)
+    if device.type == "cpu": return f"cpu, {_cores()} cores" + (": the papers' networks at 224 pixels need a GPU" if p.eval_size > 64 else "")
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, {p.precision}"
+
+
+def _checks(p) -> dict:
+    "What is looked at → a function that describes it in a few words, or raises the error that a run would raise."
+    known = {"data": lambda: _check_data(p), "generator": lambda: _check_generator(p), "judge": lambda: _check_network(p, p.feature_network, p.feature_weights),
+             "teacher": lambda: _check_network(p, p.teacher_network, p.teacher), "inception": lambda: _check_inception(p), "device": lambda: _check_device(p)}
+    return known if "inception" in p.features else {name: look for name, look in known.items() if name != "inception"}
+
+# %% ../nbs/15_cli.ipynb #07ce9e18
+@app.command(epilog="Example: ddkit check imagewoof")
+def check(
+    profile: Annotated[str, typer.Argument(help="A section of settings.ini.")] = "digits",
+) -> None:
+    "Look at all that a profile needs, data, weights and device, before anything is computed. Exit status 1 if something is missing."
+    chosen, missing = load_profile(profile), 0
+    for name, look in _checks(chosen).items():
+        try: print(f"{name:<12}{look()}")
+        except (OSError, ValueError) as error:
+            missing += 1
+            print(f"{name:<12}MISSING  {error}")
+    if missing: raise SystemExit(1)
+
 # %% ../nbs/15_cli.ipynb #52306ff2
 @app.command(epilog="Example: ddkit methods s3")
 def methods(
@@ -158,6 +211,34 @@ def _show_method(method) -> None:
         print(f"{part.name}: {(part.recipe.__doc__ or 'no description').strip().splitlines()[0]}")
         for option, told in part.options.items(): print(f"  --option {option}={told.default if told.default is not told.empty else '…'}")
     if method.preparations: print(f"prepared first: {' '.join(method.preparations)}")
+
+# %% ../nbs/15_cli.ipynb #3f63b4d5
+@app.command()
+def networks() -> None:
+    "List the evaluation networks."
+    from ddkit.networks import network_names
+    for name in network_names(): print(name)
+
+
+@app.command(epilog="Example: ddkit protocols soft")
+def protocols(
+    name: Annotated[Optional[str], typer.Argument(help="Show this one: the values that a network is trained with.")] = None,
+    profile: ProfileOption = "digits",
+    ipc: IpcOption = 10,
+) -> None:
+    "List the protocols, the ways to train a network on a distilled set, or show one."
+    from ddkit.data import class_count
+    from ddkit.protocols import get_protocol, protocol_names, training_values
+    if not name: return _columns([("protocol", "what")] + [(p, get_protocol(p).about) for p in protocol_names()])
+    chosen = load_profile(profile)
+    _show({key: _words(value) for key, value in vars(training_values(chosen, get_protocol(name).name, ipc, class_count(chosen))).items()})
+
+
+@app.command()
+def metrics() -> None:
+    "List the metrics, your own included."
+    from ddkit.metrics import get_metric, metric_names
+    _columns([("metric", "better", "features", "what")] + [(m.name, m.better, m.features, (m.function.__doc__ or "").strip().splitlines()[0]) for m in map(get_metric, metric_names())])
 
 # %% ../nbs/15_cli.ipynb #6e62502a
 @app.command(epilog="Example: ddkit distill manifoldgd --profile digits --ipc 10 --seed 0 --out manifoldgd-ipc10")
@@ -200,13 +281,13 @@ def evaluate(
     store, chosen = _store(runs_), _profile(profile, set_)
     if _is_folder(what):
         from ddkit.methods import load_distilled
-        from ddkit.protocols import evaluate as run
-        scores = run(load_distilled(what), chosen, network=network, protocol=protocol or chosen.protocol, seed=seed)
+        scores = runs.evaluate_images(store, chosen, load_distilled(what), network, protocol, seed)
         best, last = scores.best, scores.last
     else:
         value = store.compute(runs.evaluate_cell(chosen, what, ipc, seed, network, protocol, **_method_options(option))).value
         best, last = value["best"], value["last"]
-    print(f"{what} on {network}, seed {seed}: best {best:.1f} %, last {last:.1f} %")
+    how = "" if (protocol or chosen.protocol) == "hard" else f", protocol {protocol or chosen.protocol}"
+    print(f"{what} on {network}{how}, seed {seed}: best {best:.1f} %, last {last:.1f} %")
 
 # %% ../nbs/15_cli.ipynb #c8031f3f
 def _is_folder(what: str) -> bool:
@@ -233,7 +314,8 @@ def measure(
     store, chosen = _store(runs_), _profile(profile, set_)
     if _is_folder(what):
         from ddkit.methods import load_distilled
-        values = runs.measure_images(store, chosen, load_distilled(what).images)
+        distilled, values = load_distilled(what), {}
+        for features in chosen.features: values |= runs.measure_images(store, chosen, distilled.images, distilled.labels, features)
     else: values = store.compute(runs.measure_cell(chosen, what, ipc, seed, **_method_options(option))).value
     _show({name: f"{value:.4g}" for name, value in values.items()})
 
@@ -418,9 +500,11 @@ def cells(plan: Path, bundle: str) -> None:
     "Compute one bundle of a plan."
     text = json.loads(plan.read_text(encoding="utf-8"))
     with _worker(text) as store:
-        for values in next(b for b in text["bundles"] if b["name"] == bundle)["cells"]:
-            cell = Cell.from_dict(values)
-            with _told(str(cell)): print(f"{cell}: {store.compute(cell).summary}", flush=True)
+        wanted = [Cell.from_dict(values) for values in next(b for b in text["bundles"] if b["name"] == bundle)["cells"]]
+        for group in runs.in_company(wanted):
+            with _told(str(group[0])):
+                made = store.compute_together(group) if len(group) > 1 else [store.compute(group[0])]
+                for result in made: print(f"{result.cell}: {result.summary}", flush=True)
 
 # %% ../nbs/15_cli.ipynb #a994d9dc
 @app.command(hidden=True)

@@ -6,7 +6,7 @@
 __all__ = ['LARGEST_IN_MEMORY', 'DIGITS_TEST', 'DIGITS_SPLIT_SEED', 'IMAGE_ENDINGS', 'FASTAI', 'DECODER', 'CHUNK',
            'SMALLEST_CACHED', 'to_images', 'to_pixels', 'ImageSet', 'RealData', 'load_digits_data', 'ImageNetClass',
            'class_lists', 'imagenet_indices', 'center_crop', 'read_image', 'Listing', 'scan_split', 'archive',
-           'decoded', 'load_folder_data', 'load_data']
+           'decoded', 'load_folder_data', 'load_data', 'class_count', 'survey']
 
 # %% ../nbs/01_data.ipynb #b0dfd924
 import contextlib
@@ -608,6 +608,29 @@ def load_data(
 ) -> RealData:
     "The real data that a profile asks for. Errors name the folder or file that is missing, empty or no image."
     if profile.dataset == "digits": return load_digits_data(profile.image_size)
-    if not profile.root:
-        raise FileNotFoundError(f"profile {profile.name!r} has no data root; set `imagenet = /path` in [DEFAULT] of settings.ini")
-    return load_folder_data(profile.root, profile.image_size, profile.channels, profile.classes, profile.cache or None)
+    return load_folder_data(_root(profile), profile.image_size, profile.channels, profile.classes, profile.cache or None)
+
+
+def _root(profile: Profile) -> str:
+    if not profile.root: raise FileNotFoundError(f"profile {profile.name!r} has no data root; set `imagenet = /path` in [DEFAULT] of settings.ini")
+    return profile.root
+
+# %% ../nbs/01_data.ipynb #6187659c
+def class_count(
+    profile: Profile,
+) -> int:
+    "How many classes a profile has, by its class list or its folders; 0 where a list is not named and the data is not there."
+    if profile.dataset == "digits": return 10
+    if profile.classes: return len(_list_named(profile.classes))
+    train = Path(profile.root) / "train"
+    return len(_scan_split_folder(train)[0]) if profile.root and train.is_dir() else 0
+
+
+def survey(
+    profile: Profile,
+) -> str:
+    "The real data in a line: archive, classes and their order, images. Raises the errors of `load_data`, except for files that do not decode."
+    if profile.dataset == "digits": return "scikit-learn's digits, 10 classes"
+    train, test = _scan(_root(profile), profile.classes)
+    order = f"in the order of list {profile.classes}" if profile.classes else "sorted by folder"
+    return f"{_archive(Path(profile.root), train, test)}: {len(train):,} training and {len(test):,} test images, {len(train.folders)} classes {order}"

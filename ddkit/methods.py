@@ -32,6 +32,7 @@ from typing import Callable
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .backbones import Backbone, load_backbone
 from .data import RealData, load_data, to_images, to_pixels
@@ -39,7 +40,7 @@ from .finetuning import DiffusionTerm, InversionMatching, Minimax, apply_finetun
 from .guidance import Guidance, InfluenceGuidance, ManifoldGuidance, ModeGuidance, PriorGuidance, SumGuidance, class_gradients, rows_of
 from .modes import discover_modes, random_order
 from .profiles import KIT, Profile, find_settings, nearest_name
-from .protocols import SURROGATE_EPOCHS, Classifier, half_precision, load_classifier, train_on_real, training_checkpoints
+from .protocols import SURROGATE_EPOCHS, Classifier, half_precision, load_classifier, load_judge, train_on_real, training_checkpoints
 from .sampling import final, invert, noised, sample_all, strength_index
 from .selection import confident_candidates, match_distribution, select, select_subgroups, unit_centroid
 
@@ -164,8 +165,8 @@ class Workshop:
 
     @cached_property
     def teacher(self) -> Classifier:
-        "The profile's feature network, trained on all real training images."
-        return load_classifier(self.prepared("teacher"), self.profile.feature_network, self.profile, len(self.data.classes))
+        "The profile's feature network: with ImageNet's weights where the profile names a file, else trained on all real training images."
+        return load_judge(self.profile, self.data, None if self.profile.feature_weights else self.prepared("teacher"))
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -194,11 +195,40 @@ class Workshop:
         "The images that a plan makes, one per label, N×C×H×W in [−1, 1]; a guidance alone is a plan, None is plain sampling."
         return generate(self, plan)
 
+# %% ../nbs/10_methods.ipynb #971ff134
+def encode_training_set(
+    profile: Profile,
+    data: RealData,
+    backbone: Backbone,
+    folder: Path | None = None,  # let them grow there, in `latents.npy`, on top of what it holds already; None: in memory
+) -> torch.Tensor:
+    "Latents of all training images, N×C×H×W, float32 on the CPU, in batches."
+    shape = (len(data.train), *backbone.latent_shape)
+    latents, done = (np.empty(shape, np.float32), 0) if folder is None else _growing(folder, shape)
+    with tqdm(total=len(data.train), initial=done, desc="encoding", unit="image", delay=10) as progress:
+        for rows in torch.arange(done, len(data.train)).split(profile.batch_size):
+            latents[rows[0]:rows[-1] + 1] = backbone.encode(data.train.batch(rows)).float().cpu().numpy()
+            if folder is not None: _grown(folder, latents, int(rows[-1]) + 1)
+            progress.update(len(rows))
+    return torch.from_numpy(latents)
 
-def encode_training_set(profile: Profile, data: RealData, backbone: Backbone) -> torch.Tensor:
-    "Latents of all training images, N×C×H×W, in batches; on the CPU."
-    parts = [backbone.encode(data.train.batch(rows)).cpu() for rows in torch.arange(len(data.train)).split(profile.batch_size)]
-    return torch.cat(parts)
+
+def _growing(folder: Path, shape: tuple[int, ...]) -> tuple[np.memmap, int]:
+    "The file in which latents grow, and how many it holds."
+    file, count = folder / "latents.npy", folder / "count"
+    if file.is_file() and count.is_file():
+        latents = np.lib.format.open_memmap(file, "r+")
+        if latents.shape == shape: return latents, int(count.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    count.unlink(missing_ok=True)
+    return np.lib.format.open_memmap(file, "w+", np.float32, shape), 0
+
+
+def _grown(folder: Path, latents: np.memmap, count: int) -> None:
+    "Note how many latents there are, once they have reached the disk."
+    latents.flush()
+    (folder / ".count").write_text(str(count))
+    os.replace(folder / ".count", folder / "count")
 
 # %% ../nbs/10_methods.ipynb #8dd56af8
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'LUMINANCE', 'BRIGHTNESS', 'CONTRAST', 'SATURATION', 'COLOR_VALUES', 'COLOR_AXES', 'RANDAUGMENT',
-           'NORMALIZATIONS', 'AUGMENTATIONS', 'MIXES', 'PROTOCOLS', 'STORED_SEED', 'SURROGATE_EPOCHS', 'central_square',
-           'resize_and_crop', 'centre', 'crop_boxes', 'resized_crop', 'flip', 'jitter_factors', 'color_jitter',
-           'lighting', 'shuffle_orders', 'shuffle_patches', 'randaugment_draws', 'randaugment', 'normalize',
-           'cutmix_box', 'cutmix', 'mixup', 'augment', 'check_steps', 'epochs_for', 'evaluation_epochs',
-           'released_optimizer', 'Protocol', 'protocol', 'protocol_names', 'get_protocol', 'training_values',
-           'Resident', 'fits', 'Batch', 'make_batch', 'label_loss', 'teacher_loss', 'make_optimizer', 'make_schedule',
-           'Epoch', 'half_precision', 'Together', 'stream', 'train_networks', 'ask', 'count_hits', 'Scores',
-           'memory_format', 'evaluate', 'evaluate_together', 'needs_teacher', 'imagenet_rows', 'load_teacher',
-           'Classifier', 'real_epochs', 'train_on_real', 'load_classifier', 'training_checkpoints']
+           'NORMALIZATIONS', 'AUGMENTATIONS', 'MIXES', 'PROTOCOLS', 'STORED_SEED', 'TEACHER_PROTOCOL',
+           'SURROGATE_EPOCHS', 'central_square', 'resize_and_crop', 'centre', 'crop_boxes', 'resized_crop', 'flip',
+           'jitter_factors', 'color_jitter', 'lighting', 'shuffle_orders', 'shuffle_patches', 'randaugment_draws',
+           'randaugment', 'normalize', 'cutmix_box', 'cutmix', 'mixup', 'augment', 'check_steps', 'epochs_for',
+           'evaluation_epochs', 'released_optimizer', 'Protocol', 'protocol', 'protocol_names', 'get_protocol',
+           'training_values', 'Resident', 'fits', 'Batch', 'make_batch', 'label_loss', 'teacher_loss', 'make_optimizer',
+           'make_schedule', 'Epoch', 'half_precision', 'Together', 'stream', 'train_networks', 'ask', 'count_hits',
+           'Scores', 'memory_format', 'evaluate', 'evaluate_together', 'needs_teacher', 'imagenet_rows', 'load_teacher',
+           'Classifier', 'real_epochs', 'train_on_real', 'load_classifier', 'load_judge', 'training_checkpoints']
 
 # %% ../nbs/09_protocols.ipynb #31040e5a
 import hashlib
@@ -690,7 +690,7 @@ class Together:
         images: list[torch.Tensor],  # a batch for each network, of equal shape
     ) -> torch.Tensor:  # networks×N×classes
         def one(weights, buffers, batch): return torch.func.functional_call(self.networks[0], (weights, buffers), (batch,))
-        return torch.func.vmap(one)(self.weights, self.buffers, torch.stack(images))
+        return torch.func.vmap(one, randomness="different")(self.weights, self.buffers, torch.stack(images))
 
     def apart(self) -> None:
         "Give every network its own memory again."
@@ -879,6 +879,9 @@ def _scores(hits: torch.Tensor, totals: torch.Tensor, when: list[int], network: 
     return Scores(accuracies[best], accuracies[-1], by_class[best].tolist(), by_class[-1].tolist(), list(zip(when, accuracies)), network, settings, list(zip(when, losses)))
 
 # %% ../nbs/09_protocols.ipynb #b6ebfc72
+TEACHER_PROTOCOL = "hard-batchnorm"  # how the kit trains teachers
+
+
 def needs_teacher(
     profile: Profile,
     protocol: str,  # one of `protocol_names()`
@@ -888,15 +891,11 @@ def needs_teacher(
 
 
 def imagenet_rows(
-    profile: Profile,
     data: RealData,
 ) -> list[int]:
     "For each class of the data, its index among ImageNet's 1,000. Raises `ValueError` for classes that are none of ImageNet's."
-    if profile.classes == "imagenet1k" and len(data.classes) == 1000: return list(range(1000))  # sorted WordNet ids are ImageNet's order
-    known = {c.wnid: c.imagenet_index for group in class_lists().values() for c in group}
-    if strange := [name for name in data.folders if name not in known]:
-        raise ValueError(f"class folder {strange[0]} is in no class list, so its place among ImageNet's 1,000 classes is unknown; pass a teacher for the {len(data.classes)} classes of the data")
-    return [known[name] for name in data.folders]
+    if data.imagenet is None: raise ValueError(f"the {len(data.classes)} classes of the data are not ImageNet's, so their places among its 1,000 are unknown; pass a teacher for these classes")
+    return list(data.imagenet)
 
 
 def _classes_of_file(path: str) -> int:
@@ -927,8 +926,8 @@ def load_teacher(
         if profile.normalization != "imagenet": raise ValueError(f"teacher {profile.teacher} expects ImageNet's normalisation, and profile {profile.name!r} has normalization = {profile.normalization}; leave teacher empty to train one")
         if not Path(profile.teacher).is_file(): raise FileNotFoundError(f"no teacher weights {profile.teacher}; set teacher in settings.ini, or leave it empty to train one on the real training set")
         known = _classes_of_file(profile.teacher)
-        network = load_torchvision(profile.teacher_network, profile.teacher, known, None if known == classes else imagenet_rows(profile, data))
-    else: network = train_on_real(profile, profile.teacher_network, data=data, protocol="hard-batchnorm")
+        network = load_torchvision(profile.teacher_network, profile.teacher, known, None if known == classes else imagenet_rows(data))
+    else: network = train_on_real(profile, profile.teacher_network, data=data, protocol=TEACHER_PROTOCOL)
     return network.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/09_protocols.ipynb #af5dd25e
@@ -1001,6 +1000,20 @@ def load_classifier(
     try: network.load_state_dict(state)
     except RuntimeError as error: raise ValueError(f"the weights do not fit {name} for {classes} classes under profile {profile.name!r}: {' '.join(str(error).split())[:200]}") from None
     return Classifier(network, profile)
+
+# %% ../nbs/09_protocols.ipynb #ee8f2979
+def load_judge(
+    profile: Profile,
+    data: RealData,
+    state: dict[str, torch.Tensor] | None = None,  # weights of the profile's feature network as the kit trained them; not asked for where the profile names a file
+) -> Classifier:
+    "The profile's feature network. A file's 1,000 classes are cut to the data's. Raises `ValueError` where there are no weights, or a file is to judge images that are not normalised as ImageNet's are."
+    if not profile.feature_weights:
+        if state is None: raise ValueError(f"no weights for the judge of profile {profile.name!r}: train it (`train_on_real`), or name a file as feature_weights in settings.ini")
+        return load_classifier(state, profile.feature_network, profile, len(data.classes))
+    if profile.normalization != "imagenet": raise ValueError(f"feature_weights {profile.feature_weights} expect ImageNet's normalisation, and profile {profile.name!r} has normalization = {profile.normalization}; leave them empty to train a network")
+    network = load_torchvision(profile.feature_network, profile.feature_weights, rows=imagenet_rows(data) if data.imagenet else None)
+    return Classifier(network.to(torch_device(profile)), profile)
 
 # %% ../nbs/09_protocols.ipynb #599e4d01
 SURROGATE_EPOCHS = (0, 4, 14, 36)  # as released with IGD for ImageWoof and ConvNet-6

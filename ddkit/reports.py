@@ -88,7 +88,10 @@ LABELS = {
     "method": METHOD_LABELS,
     "dataset": {"digits": "Digits", "smoke": "Digits (smoke)", "imagenette": "ImageNette", "imagewoof": "ImageWoof", "imageidc": "ImageIDC", "imagenet100": "ImageNet-100",
                 "imagenet1k": "ImageNet-1K", **{f"imagenet-{c}": f"ImageNet-{c.upper()}" for c in "abcde"}},
-    "network": {"convnet6": "ConvNet-6", "resnetap10": "ResNetAP-10", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnet101": "ResNet-101"},
+    "network": {"convnet6": "ConvNet-6", "resnetap10": "ResNetAP-10", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnet101": "ResNet-101", "alexnet": "AlexNet", "vgg11": "VGG11", "resnet18glad": "ResNet-18 (GLaD)", "vit": "ViT (GLaD)",
+                "mobilenetv2": "MobileNet-V2", "efficientnetb0": "EfficientNet-B0", "swint": "Swin-T", "vitb16": "ViT-B/16"},
+    "protocol": {"hard": "Hard labels", "soft": "Soft labels", "hard-batchnorm": "Hard, BatchNorm", "hard-plain": "Hard, no augmentation", "soft-plain": "Soft, no augmentation",
+                 "soft-sre2l": "Soft (SRe²L)", "hard-igd": "Hard (IGD)", "hard-d3hr": "Hard (D3HR)", "hard-ims3": "Hard (IMS³)", "hard-ims3-paper": "Hard (IMS³, text)"},
     "source": {"ours": "Ours", "paper": "Paper", "difference": "Difference"},
 }
 TITLES = {"ipc": "IPC", "method": "Method", "dataset": "Dataset", "network": "Test model", "metric": "Metric", "seed": "Seed", "protocol": "Protocol", "source": ""}
