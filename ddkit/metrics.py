@@ -228,14 +228,19 @@ def mmd(
     return math.sqrt(max(0.0, mmd_squared(real, synthetic, gamma, max_points, seed)))
 
 # %% ../nbs/11_metrics.ipynb #24e31e3b
-class _Given(torch.nn.Module):
-    "A feature network whose features are given."
+def _covariance(points: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+    "Unbiased covariance, D×D, float64; `origin` lies near the points, so that their second moments don't cancel."
+    moment = torch.zeros(points.shape[1], points.shape[1], dtype=torch.float64, device=points.device)
+    for _, rows in _blocks(points, 1): moment += (rows - origin).T @ (rows - origin)
+    mean = _centre(points) - origin
+    return (moment - len(points) * torch.outer(mean, mean)) / (len(points) - 1)
 
-    def __init__(self, dimensions: int):
-        super().__init__()
-        self.num_features = dimensions  # torchmetrics asks for it
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor: return features
+def _root(points: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+    "B, D×min(M, D), of the covariance B Bᵀ: the centred points themselves where they are few."
+    if len(points) <= points.shape[1]: return (points.double() - _centre(points)).T / math.sqrt(len(points) - 1)
+    scales, axes = torch.linalg.eigh(_covariance(points, origin))
+    return axes * scales.clamp(min=0).sqrt()
 
 
 @register_metric("lower", "Fréchet distance")
@@ -243,16 +248,13 @@ def frechet_distance(
     real: torch.Tensor,  # N×D features, N ≥ 2
     synthetic: torch.Tensor,  # M×D features, M ≥ 2; fewer images than dimensions are fine
 ) -> float:
-    "Squared Fréchet distance between Gaussian fits, 0 or more, lower is better (Heusel et al. 2017), by torchmetrics on the given features. Cubic in D: about ten seconds on one core at D = 2048."
-    from torchmetrics.image.fid import FrechetInceptionDistance  # a second of import, which training workers don't need
-
+    "Squared Fréchet distance between Gaussian fits, 0 or more, lower is better (Heusel et al. 2017). Linear in N and M, cubic in D: seconds at D = 2048."
     real, synthetic = _pair(real, synthetic, least=2)
-    # torchmetrics accumulates raw second moments; around the real mean they don't cancel
     origin = _centre(real)
-    metric = FrechetInceptionDistance(_Given(real.shape[1])).set_dtype(torch.float64).to(real.device)
-    for _, rows in _blocks(real, 1): metric.update(rows - origin, real=True)
-    for _, rows in _blocks(synthetic, 1): metric.update(rows - origin, real=False)
-    return max(0.0, float(metric.compute()))
+    x, root = _covariance(real, origin), _root(synthetic, origin)
+    product = root.T @ x @ root
+    trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    return max(0.0, float((_centre(synthetic) - origin).square().sum() + x.trace() + root.square().sum() - 2 * trace))
 
 # %% ../nbs/11_metrics.ipynb #ffd497b9
 def tensorflow_resize(
