@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ddkit.data import ImageSet, load_data
 from ddkit.networks import create_network
 from ddkit.profiles import load_profile, torch_device
-from ddkit.protocols import COLOR_AXES, COLOR_VALUES, NORMALIZATIONS, count_hits, cutmix_box, resize_and_crop, train_hard_label
+from ddkit.protocols import COLOR_AXES, COLOR_VALUES, NORMALIZATIONS, _prepare, count_hits, cutmix_box, train_networks, training_values
 
 
 # --- the plain loop -----------------------------------------------------------------------------------------------------------------------------------
@@ -108,13 +108,12 @@ def plain_loop(network, train, test, profile, epochs, tests, workers):
 
 # --- the kit's loop, and the network alone ------------------------------------------------------------------------------------------------------------
 def kit_loop(network, train, test, profile, epochs, tests, workers):
-    device, size = next(network.parameters()).device, profile.eval_size
+    device = next(network.parameters()).device
     yield
-    train_pixels, test_pixels = (resize_and_crop(images.pixels.to(device), size) for images in (train, test))
-    train_labels, test_labels = train.labels.to(device), test.labels.to(device)
-    hits = []
-    for epoch in train_hard_label(network, train_pixels, train_labels, profile, epochs):
-        if epoch.number % (epochs // tests) == 0: hits.append(count_hits(network, test_pixels, test_labels, profile, 10))
+    train, test = (_prepare(images, "the set", profile, 10, device) for images in (train, test))
+    training, hits = training_values(profile.replace(epochs=epochs), "hard", train.ipc, 10), []
+    for epoch in train_networks([network], [train], training, profile, [0]):
+        if epoch.number % (epochs // tests) == 0: hits.append(count_hits(network, test, profile, 10))
     torch.stack(hits).cpu()
     yield
 
