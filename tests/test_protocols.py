@@ -1,0 +1,137 @@
+"""Protocols beyond what the notebook shows: where images live, stored labels, running statistics, memory-mapped sets, every protocol from start to end."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ddkit import protocols
+from ddkit.data import ImageSet, RealData, load_digits_data
+from ddkit.networks import create_network
+from ddkit.profiles import load_profile
+from ddkit.protocols import (evaluate, evaluate_together, get_protocol, imagenet_rows, load_teacher, make_batch, needs_teacher, protocol_names, stream, teacher_loss, train_networks,
+                             train_on_real, training_values)
+
+torch.set_num_threads(1)
+SMOKE, DIGITS, WOOF = load_profile("smoke"), load_profile("digits"), load_profile("imagewoof")
+
+
+@pytest.fixture(scope="module")
+def data(): return load_digits_data()
+
+
+@pytest.fixture(scope="module")
+def few(data):
+    chosen = torch.cat([data.train.of_class(c)[:4] for c in range(10)])
+    return ImageSet(data.train.pixels[chosen], data.train.labels[chosen])
+
+
+@pytest.fixture(scope="module")
+def teacher(data): return train_on_real(SMOKE, "resnet18", data=data, protocol="hard-batchnorm")
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_every_protocol_runs_and_says_what_ran(name, few, data, teacher):
+    scores = evaluate(few, SMOKE, "resnet18", name, data=data, teacher=teacher)
+    values = training_values(SMOKE, name, 4, 10)
+    assert scores.settings["protocol"] == name and scores.settings["source"] == get_protocol(name).source
+    assert scores.settings["epochs"] == values.epochs == 2 and scores.settings["steps"] == 2 * -(-40 // values.batch_size)
+    assert scores.settings["norm"] == ("batch" if any(isinstance(m, nn.BatchNorm2d) for m in scores.network.modules()) else "instance")
+    assert ("teacher" in scores.settings) == needs_teacher(SMOKE, name) == name.startswith("soft")
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_released_values_on_the_papers_profile(name):
+    values = training_values(WOOF, name, 10, 10)
+    assert values == get_protocol(name).values(WOOF, 10, 10)  # nothing is changed there
+    protocols.check_steps(WOOF, values)
+
+
+def test_bytes_on_the_host_give_the_same_run(few, data, teacher, monkeypatch):
+    larger = ImageSet(F.interpolate(few.pixels, size=(24, 24)), few.labels)
+    here = evaluate(larger, SMOKE, "convnet6", "soft", data=data, teacher=teacher)
+    monkeypatch.setattr(protocols, "fits", lambda count, device: False)
+    there = evaluate(larger, SMOKE, "convnet6", "soft", data=data, teacher=teacher)
+    assert here.curve == there.curve and here.losses == there.losses
+    assert all(torch.equal(a, b) for a, b in zip(here.network.state_dict().values(), there.network.state_dict().values()))
+    assert (here.settings["resident"], there.settings["resident"]) == ({"train": "device", "test": "device"}, {"train": "host", "test": "host"})
+
+
+def test_a_memory_mapped_set_is_read_by_batches(few, data, tmp_path, monkeypatch):
+    stored = np.lib.format.open_memmap(tmp_path / "pixels.npy", "w+", np.uint8, (40, 1, 20, 20))
+    stored[:] = F.interpolate(few.pixels, size=(20, 20)).numpy()
+    mapped = ImageSet(torch.from_numpy(stored), few.labels)
+    seen, view = [], protocols.VIEWS["whole"]
+    monkeypatch.setitem(protocols.VIEWS, "whole", lambda pixels, size: seen.append(len(pixels)) or view(pixels, size))
+    monkeypatch.setattr(protocols, "fits", lambda count, device: count < 20_000 and device.type != "cpu")
+    evaluate(mapped, SMOKE.replace(eval_batch_size=16, epochs=1, evaluations=1), "convnet6", data=data)
+    assert max(seen) <= 32  # a batch, or a test batch
+
+
+def test_stored_labels_are_the_same_for_every_seed(few, data, teacher):
+    values = training_values(SMOKE, "soft-sre2l", 4, 10)
+    batches = [make_batch(few.pixels, few.labels, values, "half", stream(values, seed)).images for seed in (0, 1)]
+    assert torch.equal(*batches)
+    own = [make_batch(few.pixels, few.labels, values, "half", stream(replace(values, labels="soft"), seed)).images for seed in (0, 1)]
+    assert not torch.equal(*own)
+    told = protocols.ask(teacher, batches[0], values)
+    assert torch.equal(told, told.half().float()) and not torch.equal(told, protocols.ask(teacher, batches[0], replace(values, labels="soft")))
+    a, b = (evaluate(few, SMOKE, "convnet6", "soft-sre2l", seed, data, teacher=teacher) for seed in (0, 1))
+    assert a.losses != b.losses  # their initial weights differ
+
+
+def test_soft_statistics_are_those_of_a_double_pass(few, data, teacher):
+    "RDED's trainer runs the student twice on every batch; a momentum of 0.19 leaves the same running statistics."
+    values = replace(training_values(SMOKE, "soft", 4, 10), epochs=2)
+    images = protocols._prepare(few, "the set", SMOKE, 10, torch.device("cpu"))
+    ours = protocols._student("resnet18", 10, SMOKE, 0, torch.device("cpu"), values)
+    for _ in train_networks([ours], [images], values, SMOKE, [0], teacher): pass
+    theirs, draws = protocols._student("resnet18", 10, SMOKE, 0, torch.device("cpu"), replace(values, norm_passes=1)), stream(values, 0)
+    matrices = [p for p in theirs.parameters() if p.ndim > 1]; rest = [p for p in theirs.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], lr=values.learning_rate, betas=(0.9, 0.999), weight_decay=0.01)
+    falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 * (1 + np.cos(np.pi * epoch / values.epochs / 2)))
+    for _ in range(2):
+        theirs.train()
+        for part in torch.randperm(40, generator=draws).split(values.batch_size):
+            batch = make_batch(few.pixels[part], few.labels[part], values, "half", draws)
+            with torch.no_grad(): theirs(batch.images)
+            loss = teacher_loss(theirs(batch.images), teacher(batch.images))
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+        falls.step()
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        if a.ndim > 1 or "running" in name: assert (a - b).norm() <= 0.01 * b.norm(), name  # AdamW makes a full step of rounding where a gradient is nothing else
+
+
+def test_together_leaves_networks_of_their_own(few, data):
+    first, second = evaluate_together([few, few], SMOKE, "convnet6", "hard-batchnorm", (0, 1), data)
+    storages = [{t.untyped_storage().data_ptr() for t in s.network.state_dict().values()} for s in (first, second)]
+    assert not storages[0] & storages[1]
+    assert first.settings["together"] == 2 and (first.settings["seed"], second.settings["seed"]) == (0, 1)
+
+
+def test_no_global_random_state_is_touched(few, data, teacher):
+    before = torch.get_rng_state()
+    for name in ("soft", "hard-ims3", "hard-d3hr"): evaluate(few, SMOKE, "convnet6", name, data=data, teacher=teacher)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_memory_format_changes_the_layout_only(few, data):
+    plain, last = (evaluate(few, SMOKE.replace(memory_format=layout), "resnet18", data=data) for layout in ("contiguous", "channels-last"))
+    assert (plain.settings["memory_format"], last.settings["memory_format"]) == ("contiguous", "channels-last")
+    np.testing.assert_allclose([l for _, l in plain.losses], [l for _, l in last.losses], atol=1e-2)
+
+
+def test_a_teacher_for_exactly_the_classes_stays_as_it_is(tmp_path):
+    whole = create_network("resnet18", 3, norm="batch").eval()
+    torch.save(whole.state_dict(), tmp_path / "three.pth")
+    loaded = load_teacher(WOOF.replace(teacher=str(tmp_path / "three.pth")), RealData(None, None, ["a", "b", "c"], ["a", "b", "c"]))
+    picture = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): torch.testing.assert_close(loaded(picture), whole(picture))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_all_of_imagenet_keeps_its_order():
+    names = [f"n{i:08d}" for i in range(1000)]
+    assert imagenet_rows(load_profile("imagenet1k"), RealData(None, None, names, names)) == list(range(1000))
