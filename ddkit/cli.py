@@ -133,7 +133,8 @@ def _words(value) -> str:
 
 # %% ../nbs/15_cli.ipynb #c2dc47bd
 def _show(values: dict[str, str]) -> None:
-    for key, value in values.items(): print(f"{key:<20}{value}")
+    width = max([18, *map(len, values)]) + 2
+    for key, value in values.items(): print(f"{key:<{width}}{value}")
 
 
 def _columns(rows: list[tuple[str, ...]]) -> None:

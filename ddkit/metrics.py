@@ -10,7 +10,8 @@ __all__ = ['INPUTS', 'FEATURES', 'INCEPTION_FILE', 'INCEPTION_ADDRESS', 'FEATURE
            'coverage', 'tsne_embedding', 'nearest_of_class', 'nearest_real_distance', 'tsne_diversity',
            'tsne_representativeness', 'class_means', 'kernel_energy', 'kernel_distance', 'denoiser_features',
            'Trajectory', 'trajectory_statistics', 'Likelihood', 'negative_log_likelihood', 'measure',
-           'extract_features']
+           'extract_features', 'hard_label_recovery', 'improvement_over_random', 'label_robust_score',
+           'augmentation_robust_score']
 
 # %% ../nbs/11_metrics.ipynb #129b875e
 import functools
@@ -811,3 +812,58 @@ def extract_features(
         batches = (batch.to(device) for batch in images.split(batch_size))
         return torch.cat([network.features(prepare(batch) if prepare else batch).flatten(1).float().cpu() for batch in batches])
     finally: network.train(training).to(home)
+
+# %% ../nbs/11_metrics.ipynb #d3c5667b
+def _percent(**accuracies) -> list[np.ndarray]:
+    "The accuracies as arrays; raises `ValueError` for one that is no percentage."
+    for name, value in accuracies.items():
+        if not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 100)): raise ValueError(f"{name} = {value} is no accuracy in percent, from 0 to 100")
+    return [np.asarray(value, dtype=float) for value in accuracies.values()]
+
+# %% ../nbs/11_metrics.ipynb #c2ab41a7
+def hard_label_recovery(
+    real_hard: float | np.ndarray,  # accuracy in percent of training on the full real set with hard labels; an array: one per seed
+    distilled_hard: float | np.ndarray,  # of training on the distilled set with hard labels
+) -> np.ndarray:  # percentage points, −100 to 100; lower is better
+    "DD-Ranking's HLR: what hard labels alone don't recover of the full data's accuracy. Raises `ValueError` outside 0 to 100."
+    real, distilled = _percent(real_hard=real_hard, distilled_hard=distilled_hard)
+    return real - distilled
+
+
+def improvement_over_random(
+    distilled: float | np.ndarray,  # accuracy in percent of training on the distilled set; an array: one per seed
+    random: float | np.ndarray,  # of training on as many random real images, in the same way
+) -> np.ndarray:  # percentage points, −100 to 100; higher is better
+    "DD-Ranking's IOR: what the distilled set adds to a random one. Raises `ValueError` outside 0 to 100."
+    ours, theirs = _percent(distilled=distilled, random=random)
+    return ours - theirs
+
+# %% ../nbs/11_metrics.ipynb #181e7590
+def _ranking_score(gain: np.ndarray, weight: float) -> np.ndarray:
+    "DD-Ranking's scale: percentage points −100, 0, 100 → 0, 26.9, 100."
+    if not 0 <= weight <= 1: raise ValueError(f"weight {weight} must lie between 0 and 1")
+    return 100 * (np.exp(gain / 100) - np.exp(-1)) / (np.exp(1) - np.exp(-1))
+
+# %% ../nbs/11_metrics.ipynb #fa753037
+def label_robust_score(
+    real_hard: float | np.ndarray,  # accuracies in percent (arrays: one per seed): full real set, hard labels
+    distilled_hard: float | np.ndarray,  # distilled set, hard labels
+    distilled: float | np.ndarray,  # distilled set, under the method's own protocol; of a hard-label method `distilled_hard` again
+    random: float | np.ndarray,  # as many random real images, under that same protocol
+    weight: float = 0.5,  # w, of IOR; the rest is HLR's
+) -> np.ndarray:  # percent, 0 to 100; higher is better
+    "DD-Ranking's label-robust score (LRS). Raises `ValueError` for accuracies outside 0 to 100 or a weight outside 0 to 1."
+    gain = weight * improvement_over_random(distilled, random) - (1 - weight) * hard_label_recovery(real_hard, distilled_hard)
+    return _ranking_score(gain, weight)
+
+# %% ../nbs/11_metrics.ipynb #b6338e0e
+def augmentation_robust_score(
+    distilled: float | np.ndarray,  # accuracies in percent (arrays: one per seed): distilled set, with the protocol's augmentation
+    random: float | np.ndarray,  # as many random real images, with it
+    distilled_plain: float | np.ndarray,  # distilled set, without augmentation
+    random_plain: float | np.ndarray,  # random real images, without it
+    weight: float = 0.5,  # γ, of the improvement with augmentation
+) -> np.ndarray:  # percent, 0 to 100; higher is better
+    "DD-Ranking's augmentation-robust score (ARS). Raises `ValueError` for accuracies outside 0 to 100 or a weight outside 0 to 1."
+    gain = weight * improvement_over_random(distilled, random) + (1 - weight) * improvement_over_random(distilled_plain, random_plain)
+    return _ranking_score(gain, weight)
