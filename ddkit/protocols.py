@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'LUMINANCE', 'BRIGHTNESS', 'CONTRAST', 'SATURATION', 'COLOR_VALUES', 'COLOR_AXES', 'RANDAUGMENT',
-           'NORMALIZATIONS', 'AUGMENTATIONS', 'MIXES', 'PROTOCOLS', 'STORED_SEED', 'TEACHER_PROTOCOL',
+           'NORMALIZATIONS', 'AUGMENTATIONS', 'MIXES', 'PROTOCOLS', 'RDED_LEARNING_RATES', 'STORED_SEED',
            'SURROGATE_EPOCHS', 'central_square', 'resize_and_crop', 'centre', 'crop_boxes', 'resized_crop', 'flip',
            'jitter_factors', 'color_jitter', 'lighting', 'shuffle_orders', 'shuffle_patches', 'randaugment_draws',
            'randaugment', 'normalize', 'cutmix_box', 'cutmix', 'mixup', 'augment', 'check_steps', 'epochs_for',
            'evaluation_epochs', 'released_optimizer', 'Protocol', 'protocol', 'protocol_names', 'get_protocol',
            'training_values', 'Resident', 'fits', 'Batch', 'make_batch', 'label_loss', 'teacher_loss', 'make_optimizer',
-           'make_schedule', 'Epoch', 'half_precision', 'Together', 'stream', 'train_networks', 'ask', 'count_hits',
-           'Scores', 'memory_format', 'evaluate', 'evaluate_together', 'needs_teacher', 'imagenet_rows', 'load_teacher',
-           'Classifier', 'real_epochs', 'train_on_real', 'load_classifier', 'load_judge', 'training_checkpoints']
+           'make_schedule', 'Epoch', 'half_precision', 'is_noisy', 'noise', 'Together', 'stream', 'train_networks',
+           'ask', 'count_hits', 'Scores', 'memory_format', 'evaluate', 'evaluate_together', 'needs_teacher',
+           'imagenet_rows', 'load_teacher', 'Classifier', 'real_epochs', 'train_on_real', 'load_classifier',
+           'training_checkpoints']
 
 # %% ../nbs/09_protocols.ipynb #31040e5a
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -419,6 +420,7 @@ class Protocol:
     about: str  # one line
     source: str  # paper, and what of its public code was read
     values: Callable[[Profile, int, int], Training]  # (profile, images per class, classes) -> released values
+    learning_rates: dict[str, float] = field(default_factory=dict)  # network -> learning rate, where the released code has another one for it
 
 
 PROTOCOLS: dict[str, Protocol] = {}
@@ -428,9 +430,10 @@ def protocol(
     name: str,
     about: str,  # one line
     source: str,  # where the values come from
+    learning_rates: dict[str, float] = {},  # by network, where they differ
 ) -> Callable:
     "Register a function (profile, ipc, classes) → `Training` as a protocol."
-    def register(values): PROTOCOLS[name] = Protocol(name, about, source, values); return values
+    def register(values): PROTOCOLS[name] = Protocol(name, about, source, values, dict(learning_rates)); return values
     return register
 
 
@@ -452,12 +455,15 @@ def training_values(
     protocol: str,  # one of `protocol_names()`
     ipc: int,  # images per class
     classes: int,
+    network: str = "resnet18",  # one of `network_names()`; a few have a learning rate of their own
 ) -> Training:
     "The values of a protocol: as released, then as the profile changes them. Raises `ValueError` for unknown protocols, and for changes of `hard`, which reads the profile's own fields."
     for name in dict.fromkeys(key.split(".", 1)[0] for key, _ in profile.training): get_protocol(name)
     changes = {key.split(".", 1)[1]: value for key, value in profile.training if key.split(".", 1)[0] == protocol}
     if changes and protocol == "hard": raise ValueError(f"profile {profile.name!r}: protocol hard reads the profile's own fields; write epochs, learning_rate, … instead of {', '.join(f'hard.{k}' for k in changes)}")
-    return replace(get_protocol(protocol).values(profile, ipc, classes), **changes)
+    released = get_protocol(protocol)
+    values = released.values(profile, ipc, classes)
+    return replace(values, **({"learning_rate": released.learning_rates.get(network, values.learning_rate)} | changes))
 
 # %% ../nbs/09_protocols.ipynb #b0c2aad2
 _MINIMAX = "Minimax Diffusion (Gu et al., CVPR 2024), train.py and data.py; ManifoldGD and MGD³ use the same trainer"
@@ -477,15 +483,18 @@ def _hard_batchnorm(profile, ipc, classes): return replace(_hard(profile, ipc, c
 def _hard_plain(profile, ipc, classes): return replace(_hard(profile, ipc, classes), augmentations=())
 
 # %% ../nbs/09_protocols.ipynb #e526b1d4
+RDED_LEARNING_RATES = {"vgg11": 5e-4, "alexnet": 1e-4, "efficientnetb0": 2e-3, "mobilenetv2": 2.5e-3, "vitb16": 1e-4, "swint": 1e-4}  # 0.001 for all others; D3HR's table is the same
+
+
 @protocol("soft", "a teacher labels every augmented batch (KL at temperature 20); AdamW, half a cosine, BatchNorm, shuffled patches; tested in the last fifth",
-          "RDED (Sun et al., CVPR 2024), validation/main.py and argument.py")
+          "RDED (Sun et al., CVPR 2024), validation/main.py and argument.py", RDED_LEARNING_RATES)
 def _soft(profile: Profile, ipc: int, classes: int) -> Training:
     batch = (100 if ipc >= 50 else 50 if ipc >= 10 else 10) * (2 if classes in (100, 1000) else 1)  # released for 1, 10 and 50; here each holds up to the next
     return Training(epochs=300, batch_size=min(batch, ipc * classes), learning_rate=1e-3, weight_decay=0.01, labels="soft", norm="batch", optimizer="adamw", decayed="matrices",
                     schedule="half-cosine", augmentations=("shuffle", "crop", "flip", "cutmix"), crop_scale=0.5, temperature=20.0, norm_passes=2, evaluations=30, tested="last-fifth", test_view="centre")
 
 
-@protocol("soft-plain", "soft without any augmentation: the teacher labels the images as they are", "RDED's values; augmentation off as in DD-Ranking")
+@protocol("soft-plain", "soft without any augmentation: the teacher labels the images as they are", "RDED's values; augmentation off as in DD-Ranking", RDED_LEARNING_RATES)
 def _soft_plain(profile, ipc, classes): return replace(_soft(profile, ipc, classes), augmentations=())
 
 # %% ../nbs/09_protocols.ipynb #0f118faf
@@ -502,7 +511,7 @@ def _hard_igd(profile: Profile, ipc: int, classes: int) -> Training:
 
 
 @protocol("hard-d3hr", "Mixup, AdamW, half a cosine, BatchNorm; tested after each of the last hundred epochs",
-          "D3HR (Zhao et al., ICML 2025), validation/validate_hardlabel.py, data_utils.py and argument.py")
+          "D3HR (Zhao et al., ICML 2025), validation/validate_hardlabel.py, data_utils.py and argument.py", RDED_LEARNING_RATES)
 def _hard_d3hr(profile: Profile, ipc: int, classes: int) -> Training:
     epochs = 2000 if ipc <= 10 else 1500 if ipc <= 50 else 1000  # released for 10, 50 and 100
     batch = (100 if ipc >= 50 else 50 if ipc >= 10 else 15) * (2 if classes == 100 else 1)
@@ -639,12 +648,12 @@ def teacher_loss(
 def make_optimizer(
     weights: dict[str, nn.Parameter],
     training: Training,
-    matrices: set[str],  # names of the weights of two and more dimensions
+    matrices: set[str],  # names of those with two and more dimensions in a network
 ) -> torch.optim.Optimizer:
-    "SGD or AdamW; with `decayed = matrices`, only those weights decay."
-    decays = [w for name, w in weights.items() if training.decayed == "all" or name in matrices]
-    others = [w for name, w in weights.items() if training.decayed != "all" and name not in matrices]
-    groups = [{"params": decays}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
+    "SGD or AdamW; with `decayed = matrices`, only those decay that are called a weight (as released: a class token is none)."
+    def decays(name): return training.decayed == "all" or (name in matrices and "weight" in name)
+    decayed, others = ([w for name, w in weights.items() if decays(name) == yes] for yes in (True, False))
+    groups = [{"params": decayed}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
     if training.optimizer == "adamw": return torch.optim.AdamW(groups, training.learning_rate, betas=(0.9, 0.999), weight_decay=training.weight_decay, fused=True)
     return torch.optim.SGD(groups, training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True)
 
@@ -673,6 +682,23 @@ def half_precision(
 ):  # a context manager
     "bfloat16 autocast where the profile asks for it and the device is a GPU; nothing elsewhere."
     return torch.autocast("cuda", dtype=torch.bfloat16) if profile.precision == "bf16" and device.type == "cuda" else nullcontext()
+
+
+def is_noisy(network: nn.Module) -> bool:
+    "Whether training it draws random numbers of its own."
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in network.modules())
+
+
+@contextmanager
+def noise(
+    generator: torch.Generator | None,  # where the dropout's seed of this step comes from; None: there is no dropout
+    device: torch.device,
+):
+    "Dropout knows torch's global generators only: seed them for one step, and leave them as they were."
+    if generator is None: yield; return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(torch.randint(2**31, (), generator=generator).item())
+        yield
 
 
 class Together:
@@ -718,7 +744,8 @@ def train_networks(
     teacher: nn.Module | None = None,  # for soft labels: shown the same batches
 ) -> Iterator[Epoch]:
     "Train by a protocol's values, and yield after every epoch."
-    device, alone = sets[0].labels.device, len(networks) == 1
+    device, alone, noisy = sets[0].labels.device, len(networks) == 1, is_noisy(networks[0])
+    if noisy and not alone: raise ValueError("networks with dropout cannot be trained together: each needs random numbers of its own")
     students = (lambda images: [networks[0](images[0])]) if alone else Together(networks)
     weights = dict(networks[0].named_parameters()) if alone else students.weights
     optimizer = make_optimizer(weights, training, {name for name, w in networks[0].named_parameters() if w.ndim > 1})
@@ -729,7 +756,7 @@ def train_networks(
         orders = [torch.randperm(len(images), generator=g).split(training.batch_size) for images, g in zip(sets, generators)]
         for parts in zip(*(images.batches(order) for images, order in zip(sets, orders)), strict=True):
             batches = [make_batch(*part, training, profile.normalization, g) for part, g in zip(parts, generators)]
-            with half_precision(profile, device):
+            with half_precision(profile, device), noise(generators[0] if noisy else None, device):
                 taught = [ask(teacher, batch.images, training) for batch in batches]
                 outputs = students([batch.images for batch in batches])
                 loss = torch.stack([label_loss(o, b) if t is None else teacher_loss(o, t, training.temperature) for o, b, t in zip(outputs, batches, taught)])
@@ -837,7 +864,9 @@ def evaluate_together(
     teacher: nn.Module | dict[str, torch.Tensor] | None = None,  # as in `evaluate`
     epochs: int | None = None,  # None: the protocol's
 ) -> list[Scores]:
-    "`evaluate` of every set with its seed, trained in one pass over the device: the same scores up to rounding. Raises `ValueError` as `evaluate` does, and for sets of different sizes."
+    """`evaluate` of every set with its seed, trained in one pass over the device: the same scores up to rounding. Networks with dropout are trained one after another; `settings["together"]` says so.
+
+    Raises `ValueError` as `evaluate` does, and for sets of different sizes."""
     if network not in network_names(): nearest_name("network", network, network_names())
     get_protocol(protocol)
     if len(sets) != len(seeds) or not sets: raise ValueError(f"{len(sets)} sets and {len(seeds)} seeds: each set needs one seed")
@@ -845,7 +874,7 @@ def evaluate_together(
     classes = len(data.classes)
     residents = [_prepare(source, "the distilled set", profile, classes, device) for source in sets]
     if len({len(images) for images in residents}) > 1: raise ValueError(f"sets of {', '.join(str(len(images)) for images in residents)} images cannot be trained together; evaluate them one by one")
-    training = training_values(profile, protocol, residents[0].ipc, classes)
+    training = training_values(profile, protocol, residents[0].ipc, classes, network)
     if epochs is not None: training = replace(training, epochs=epochs)
     if training.epochs < 1: raise ValueError(f"epochs = {training.epochs} must be at least 1")
     check_steps(profile, training)
@@ -855,6 +884,7 @@ def evaluate_together(
         teacher, known["teacher"] = _ready_teacher(teacher, profile, data, tests)
 
     nets = [_student(network, classes, profile, seed, device, training) for seed in seeds]
+    if len(nets) > 1 and is_noisy(nets[0]): return [evaluate(source, profile, network, protocol, seed, data, epochs, teacher) for source, seed in zip(sets, seeds)]
     when, hits, losses = evaluation_epochs(training.epochs, training.evaluations, training.tested), [], []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         for epoch in train_networks(nets, residents, training, profile, list(seeds), teacher):
@@ -898,12 +928,19 @@ def imagenet_rows(
     return list(data.imagenet)
 
 
+def _shapes(tree: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+    "Names and shapes of all tensors in a checkpoint, which may hold the weights among other things."
+    for name, value in tree.items():
+        if isinstance(value, dict): yield from _shapes(value)
+        elif isinstance(value, torch.Tensor): yield name.removeprefix("module."), tuple(value.shape)
+
+
 def _classes_of_file(path: str) -> int:
     "How many classes the weights in a file tell apart: the length of their last bias."
     if str(path).endswith(".safetensors"):
         from safetensors import safe_open
         with safe_open(path, "pt") as file: shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    else: shapes = {name: tuple(value.shape) for name, value in torch.load(path, map_location="meta", weights_only=True).items()}
+    else: shapes = dict(_shapes(torch.load(path, map_location="meta", weights_only=True)))
     last = [shape[0] for name, shape in shapes.items() if name.split(".")[0] in ("fc", "classifier", "head", "heads") and name.endswith("bias")]
     if not last: raise ValueError(f"{path} has no last layer named fc or classifier: weights with torchvision's names are expected")
     return last[-1]

@@ -111,6 +111,21 @@ def test_together_leaves_networks_of_their_own(few, data):
     assert first.settings["together"] == 2 and (first.settings["seed"], second.settings["seed"]) == (0, 1)
 
 
+class Dropping(nn.Module):
+    def __init__(self, *_, **__): super().__init__(); self.fc = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 10))
+    def forward(self, images): return self.fc(images)
+
+
+def test_dropout_has_random_numbers_of_its_own(few, data, monkeypatch):
+    monkeypatch.setattr(protocols, "create_network", Dropping)
+    before = torch.get_rng_state()
+    first = evaluate(few, SMOKE, "convnet6", data=data)
+    torch.rand(7); other_state = torch.get_rng_state()
+    again, other = evaluate_together([few, few], SMOKE, "convnet6", "hard", (0, 1), data)
+    assert first.losses == again.losses != other.losses and again.settings["together"] == 1
+    assert torch.equal(torch.get_rng_state(), other_state) and not torch.equal(before, other_state)
+
+
 def test_no_global_random_state_is_touched(few, data, teacher):
     before = torch.get_rng_state()
     for name in ("soft", "hard-ims3", "hard-d3hr"): evaluate(few, SMOKE, "convnet6", name, data=data, teacher=teacher)
