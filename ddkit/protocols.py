@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VIEWS', 'LUMINANCE', 'BRIGHTNESS', 'CONTRAST', 'SATURATION', 'COLOR_VALUES', 'COLOR_AXES', 'RANDAUGMENT',
            'NORMALIZATIONS', 'AUGMENTATIONS', 'MIXES', 'PROTOCOLS', 'RDED_LEARNING_RATES', 'STORED_SEED',
-           'SURROGATE_EPOCHS', 'central_square', 'resize_and_crop', 'centre', 'crop_boxes', 'resized_crop', 'flip',
-           'jitter_factors', 'color_jitter', 'lighting', 'shuffle_orders', 'shuffle_patches', 'randaugment_draws',
-           'randaugment', 'normalize', 'cutmix_box', 'cutmix', 'mixup', 'augment', 'check_steps', 'epochs_for',
-           'evaluation_epochs', 'released_optimizer', 'Protocol', 'protocol', 'protocol_names', 'get_protocol',
-           'training_values', 'Resident', 'fits', 'Batch', 'make_batch', 'label_loss', 'teacher_loss', 'make_optimizer',
-           'make_schedule', 'Epoch', 'half_precision', 'is_noisy', 'noise', 'Together', 'stream', 'train_networks',
-           'ask', 'count_hits', 'Scores', 'memory_format', 'evaluate', 'evaluate_together', 'needs_teacher',
-           'imagenet_rows', 'load_teacher', 'Classifier', 'real_epochs', 'train_on_real', 'load_classifier',
-           'training_checkpoints']
+           'TEACHER_PROTOCOL', 'SURROGATE_EPOCHS', 'central_square', 'resize_and_crop', 'centre', 'crop_boxes',
+           'resized_crop', 'flip', 'jitter_factors', 'color_jitter', 'lighting', 'shuffle_orders', 'shuffle_patches',
+           'randaugment_draws', 'randaugment', 'normalize', 'cutmix_box', 'cutmix', 'mixup', 'augment', 'check_steps',
+           'epochs_for', 'evaluation_epochs', 'released_optimizer', 'Protocol', 'protocol', 'protocol_names',
+           'get_protocol', 'training_values', 'Resident', 'fits', 'Batch', 'make_batch', 'label_loss', 'teacher_loss',
+           'make_optimizer', 'make_schedule', 'Epoch', 'half_precision', 'is_noisy', 'noise', 'Together', 'stream',
+           'train_networks', 'ask', 'count_hits', 'Scores', 'memory_format', 'evaluate', 'evaluate_together',
+           'needs_teacher', 'imagenet_rows', 'load_teacher', 'Classifier', 'real_epochs', 'train_on_real',
+           'load_classifier', 'load_judge', 'training_checkpoints']
 
 # %% ../nbs/09_protocols.ipynb #31040e5a
 import hashlib
