@@ -2,7 +2,7 @@
 
 10 classes, 10 images each, 224 pixels, tested about a hundred times on 3,900 images; 2,000 epochs as released for this size. A few epochs and one test pass
 are timed after a warm-up, and the total of the released length is extrapolated from them. On a GPU if there is one.
-    python bench/imagewoof.py [--epochs 2000] [--test-images 3900] [--protocol hard] [--networks convnet6 resnetap10 resnet18] [--seeds 1] [--precision fp32]
+    python bench/imagewoof.py [--epochs N] [--test-images N] [--protocol hard] [--networks convnet6 resnetap10 resnet18] [--seeds 1] [--precision fp32]
 """
 import argparse
 import math
@@ -17,6 +17,7 @@ from ddkit.profiles import load_profile, torch_device
 from ddkit.protocols import _prepare, _student, count_hits, evaluation_epochs, memory_format, needs_teacher, train_networks, training_values
 
 CLASSES = 10
+TEST_IMAGES = 3900
 
 
 def generated(count: int, size: int, seed: int) -> ImageSet:
@@ -52,7 +53,7 @@ def measure(name: str, profile, options, train: list[ImageSet], test: ImageSet) 
                 passes.append(now(device) - start)
             if epoch.number >= options.epochs: break
             start = now(device)
-    epoch, test_pass = statistics.median(epochs[1:] or epochs), passes[-1]
+    epoch, test_pass = statistics.median(epochs[1:] or epochs), passes[-1] * TEST_IMAGES / options.test_images
     steps = math.ceil(len(train[0]) / training.batch_size)
     count = len(evaluation_epochs(training.epochs, training.evaluations, training.tested))
     total = training.epochs * epoch + count * test_pass
@@ -62,8 +63,8 @@ def measure(name: str, profile, options, train: list[ImageSet], test: ImageSet) 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=2000, help="epochs to time; the total is extrapolated to the protocol's own")
-    parser.add_argument("--test-images", type=int, default=3900)
+    parser.add_argument("--epochs", type=int, help="epochs to time, default 2000 on a GPU and 1 without; the total is extrapolated to the protocol's own")
+    parser.add_argument("--test-images", type=int, help="test images to time, default 3900 on a GPU and 40 without; a test pass is extrapolated to 3900")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--protocol", default="hard")
     parser.add_argument("--networks", nargs="+", default=["convnet6", "resnetap10", "resnet18"])
@@ -74,6 +75,8 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     profile = load_profile("imagewoof", precision=options.precision)
     device = torch_device(profile)
+    options.epochs = options.epochs or (2000 if device.type == "cuda" else 1)
+    options.test_images = options.test_images or (TEST_IMAGES if device.type == "cuda" else 40)
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {options.threads} thread(s)'}, torch {torch.__version__}, {options.precision}, {memory_format(profile, device)}; "
           f"protocol {options.protocol}, {CLASSES} classes × {options.ipc} images, {profile.eval_size} pixels, {options.test_images} test images, {options.epochs} epochs timed")
     train = [generated(CLASSES * options.ipc, profile.image_size, seed) for seed in range(options.seeds)]

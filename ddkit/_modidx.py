@@ -752,6 +752,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ddkit.protocols.Together.__init__': ('protocols.html#together.__init__', 'ddkit/protocols.py'),
                                  'ddkit.protocols.Together.apart': ('protocols.html#together.apart', 'ddkit/protocols.py'),
                                  'ddkit.protocols._blended': ('protocols.html#_blended', 'ddkit/protocols.py'),
+                                 'ddkit.protocols._changes': ('protocols.html#_changes', 'ddkit/protocols.py'),
                                  'ddkit.protocols._checked_bytes': ('protocols.html#_checked_bytes', 'ddkit/protocols.py'),
                                  'ddkit.protocols._classes_of_file': ('protocols.html#_classes_of_file', 'ddkit/protocols.py'),
                                  'ddkit.protocols._create': ('protocols.html#_create', 'ddkit/protocols.py'),

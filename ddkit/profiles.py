@@ -203,7 +203,7 @@ def _all_checked(values: dict, where: str, training: tuple = ()) -> dict:
     dotted = {k: v for k, v in values.items() if "." in k}
     changed = dict(values.get("training", training))
     for key, value in dotted.items():
-        changed[key] = _checked(key.split(".", 1)[1], value, f"{where}, {key.split('.', 1)[0]} protocol", _TRAINING_TYPES)
+        changed[key] = _checked(key.split(".")[1], value, f"{where}, {key.split('.')[0]} protocol", _TRAINING_TYPES)
     rest = {k: _checked(k, v, where) for k, v in values.items() if k not in dotted and k != "training"}
     return rest | {"training": tuple(sorted(changed.items()))}
 

@@ -457,13 +457,21 @@ def training_values(
     classes: int,
     network: str = "resnet18",  # one of `network_names()`; a few have a learning rate of their own
 ) -> Training:
-    "The values of a protocol: as released, then as the profile changes them. Raises `ValueError` for unknown protocols, and for changes of `hard`, which reads the profile's own fields."
-    for name in dict.fromkeys(key.split(".", 1)[0] for key, _ in profile.training): get_protocol(name)
-    changes = {key.split(".", 1)[1]: value for key, value in profile.training if key.split(".", 1)[0] == protocol}
-    if changes and protocol == "hard": raise ValueError(f"profile {profile.name!r}: protocol hard reads the profile's own fields; write epochs, learning_rate, … instead of {', '.join(f'hard.{k}' for k in changes)}")
+    "The values of a protocol: as released, then as the profile changes them (`soft.epochs`, for one network `soft.epochs.vit`). Raises `ValueError` for unknown protocols and networks, and for changes of `hard`, which reads the profile's own fields."
+    for key, _ in profile.training:
+        get_protocol(key.split(".")[0])
+        if key.count(".") > 1 and key.split(".")[2] not in network_names(): nearest_name(f"network of {key}:", key.split(".")[2], network_names())
     released = get_protocol(protocol)
     values = released.values(profile, ipc, classes)
-    return replace(values, **({"learning_rate": released.learning_rates.get(network, values.learning_rate)} | changes))
+    return replace(values, **({"learning_rate": released.learning_rates.get(network, values.learning_rate)} | _changes(profile, protocol, network)))
+
+
+def _changes(profile: Profile, protocol: str, network: str) -> dict:
+    "What the profile changes in a protocol; what it says of the network alone counts more."
+    mine = [(key.split(".")[1:], value) for key, value in profile.training if key.split(".")[0] == protocol]
+    general = {field: value for (field, *network_only), value in mine if not network_only}
+    if general and protocol == "hard": raise ValueError(f"profile {profile.name!r}: protocol hard reads the profile's own fields; write epochs, learning_rate, … instead of {', '.join(f'hard.{k}' for k in general)}")
+    return general | {field: value for (field, *network_only), value in mine if network_only == [network]}
 
 # %% ../nbs/09_protocols.ipynb #b0c2aad2
 _MINIMAX = "Minimax Diffusion (Gu et al., CVPR 2024), train.py and data.py; ManifoldGD and MGD³ use the same trainer"
@@ -1066,7 +1074,7 @@ def training_checkpoints(
     "The weights of a network at some moments of its training on all real images (the profile's steps without CutMix), one state dict each."
     data, device = load_data(profile) if data is None else data, torch_device(profile)
     images = _prepare(data.train, "the training set", profile, len(data.classes), device)
-    training = training_values(profile, "hard", images.ipc, len(data.classes))
+    training = training_values(profile, "hard", images.ipc, len(data.classes), network)
     training = replace(training, epochs=max(epochs), augmentations=tuple(a for a in training.augmentations if a not in MIXES))
     check_steps(profile, training)
     net, kept = _create(network, len(data.classes), profile, seed, device), []

@@ -365,10 +365,12 @@ def _inception_digest(inception: str) -> str:
 
 def _training(cell: Cell) -> dict:
     "What an evaluation depends on besides the values of the hard-label protocol: changes to its own protocol, and the teacher."
-    if cell.kind != "evaluate": return {}
+    p = cell.profile
+    if cell.kind != "evaluate":  # some train networks by themselves, with hard labels
+        hard = {name: value for name, value in p.training if name.startswith("hard.")} if "training" in _groups_read(cell) else {}
+        return {"training": hard} if hard else {}
     from ddkit.protocols import needs_teacher
-    p, prefix = cell.profile, f"{cell.protocol}."
-    known = {name: value for name, value in p.training if name.startswith(prefix)}
+    known = {name: value for name, value in p.training if name.split(".")[0] == cell.protocol and name.split(".")[2:] in ([], [cell.network])}
     if needs_teacher(p, cell.protocol): known |= {"teacher_network": p.teacher_network, "teacher": weights_digest(p.teacher)}
     return {"training": known} if known else {}
 
@@ -438,7 +440,7 @@ def evaluate_cell(
     protocol = protocol or profile.protocol
     if network not in network_names(): nearest_name("network", network, network_names())
     if protocol not in protocol_names(): nearest_name("protocol", protocol, protocol_names())
-    training_values(profile, protocol, max(int(ipc), 1), 10)  # raises for values that cannot be
+    training_values(profile, protocol, max(int(ipc), 1), 10, network)  # raises for values that cannot be
     if method == "full": return Cell("evaluate", profile, "full", 0, int(seed), network, protocol)
     return replace(distill_cell(profile, method, ipc, seed, **options), kind="evaluate", network=network, protocol=protocol)
 

@@ -207,7 +207,7 @@ def test_docstrings_are_no_code_and_numbers_are():
 def test_code_of_a_kind_counts_for_that_kind_alone(monkeypatch):
     def keys():
         full = runs.evaluate_cell(SMOKE, "full", 0, 0, "convnet6")
-        return [c.key for c in (runs.encode_cell(SMOKE), runs.distill_cell(SMOKE, "mgd3", 2), full, runs.measure_cell(SMOKE, "mgd3", 2))]
+        return [c.key for c in (runs.encode_cell(SMOKE), runs.distill_cell(SMOKE, "mgd3", 2), runs.distill_cell(SMOKE, "igd", 2), full, runs.measure_cell(SMOKE, "mgd3", 2))]
 
     before, kit_code = keys(), runs.kit_code
     def changed(module):
@@ -215,12 +215,13 @@ def test_code_of_a_kind_counts_for_that_kind_alone(monkeypatch):
         monkeypatch.setattr(runs, "kit_code", lambda name: kit_code(name) + "x = 1" * (name == module))
         return [a != b for a, b in zip(before, keys())]
 
-    try:  # encode, distill, evaluate, measure
-        assert changed("sampling") == [False, True, False, True]
-        assert changed("protocols") == [False, True, True, True]  # some methods train networks before they make images
-        assert changed("metrics") == [False, False, False, True]
-        assert changed("backbones") == [True, True, False, True]
-        assert changed("reports") == [False] * 4
+    try:  # encode, distill, distill by a method that trains a network first, evaluate, measure
+        assert changed("sampling") == [False, True, True, False, True]
+        assert changed("protocols") == [False, False, True, True, True]
+        assert changed("protocols.Classifier") == [False, False, True, False, True]
+        assert changed("metrics") == [False, False, False, False, True]
+        assert changed("backbones") == [True, True, True, False, True]
+        assert changed("reports") == [False] * 5
     finally:
         monkeypatch.undo()
         runs.code_digest.cache_clear()
@@ -262,7 +263,61 @@ def test_digests_of_large_files_are_remembered(tmp_path, monkeypatch):
 def test_nothing_stays_undecided():
     """Every field of a profile counts for some kind of cell, or for the methods that read it, or is listed as having no effect."""
     from dataclasses import fields
-    assert set().union(*runs.IDENTITY.values(), *runs.READ.values()) | runs.WITHOUT_EFFECT == {f.name for f in fields(SMOKE)}
+    counted = set().union(*runs.IDENTITY.values(), *runs.READ.values(), *runs.EXTRACTOR_READS.values(), runs.ELSEWHERE)
+    assert counted | runs.WITHOUT_EFFECT == {f.name for f in fields(SMOKE)} and not counted & runs.WITHOUT_EFFECT
+
+
+# features, teachers, seeds together
+
+def test_features_are_computed_once_per_set_and_extractor(tmp_path):
+    store, two = runs.Store(tmp_path), runs.measure_cell(SMOKE.replace(features="judge denoiser"), "random", 2)
+    store.compute(two)
+    assert sorted(r["cell"] for r in store.records() if r["kind"] == "features") == [f"features {e} {of} seed 0" for e in ("denoiser", "judge") for of in ("full", "random ipc 2")]
+    before = {r["cell"]: r["created"] for r in store.records()}
+    store.discard(two); store.compute(two)
+    assert {r["cell"]: r["created"] for r in store.records() if r["kind"] == "features"} == {k: v for k, v in before.items() if k.startswith("features")}
+    features, labels = store.load(runs.features_cell(SMOKE, "random", 2))
+    assert features.shape == (20, 64) and labels.tolist() == [c for c in range(10) for _ in range(2)]
+
+
+def test_seeds_together_are_the_cells_that_they_are_alone(tmp_path):
+    """The same keys, one pass, accuracies that differ by rounding at most; what is there already is not trained again."""
+    quick = SMOKE.replace(epochs=1, evaluations=1)
+    alone, together = runs.Store(tmp_path / "alone"), runs.Store(tmp_path / "together")
+    def wanted(profile): return [runs.evaluate_cell(profile, "random", 2, seed, "convnet6") for seed in (0, 1, 2)]
+    three = wanted(quick.replace(seeds_together=3))
+    assert [c.key for c in three] == [c.key for c in wanted(quick)]
+    assert runs.in_company([three[0], runs.measure_cell(quick, "random", 2), *three[1:]]) == [three, [runs.measure_cell(quick, "random", 2)]]
+    together.compute(three[1])
+    results = together.compute_together(three)
+    assert [r.value["settings"]["together"] for r in results] == [2, 1, 2] and [r.value["settings"]["seed"] for r in results] == [0, 1, 2]
+    for cell, result in zip(three, results): assert abs(result.value["last"] - alone.compute(cell).value["last"]) <= 1  # of 540 test images, at most five near the border
+
+
+def test_a_teacher_is_a_cell_that_all_students_share(tmp_path):
+    store, quick = runs.Store(tmp_path), SMOKE.replace(**{"soft.epochs": 1})
+    students = [runs.evaluate_cell(quick, "random", 2, seed, "convnet6", "soft") for seed in (0, 1)]
+    told = [store.compute(cell).value["settings"]["teacher"] for cell in students]
+    assert told[0] == told[1] and told[0]["network"] == "resnet18"
+    assert [r["cell"] for r in store.records() if r["cell"].endswith("full seed 0")] == ["evaluate resnet18 hard-batchnorm full seed 0"]
+
+
+def test_encoding_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    from ddkit import backbones
+    store, cell, encode, seen = runs.Store(tmp_path), runs.encode_cell(SMOKE.replace(batch_size=500)), backbones.Backbone.encode, []
+    def dying(self, images):
+        seen.append(len(images))
+        if len(seen) == 3: raise KeyboardInterrupt
+        return encode(self, images)
+
+    monkeypatch.setattr(backbones.Backbone, "encode", dying)
+    with pytest.raises(KeyboardInterrupt): store.compute(cell)
+    assert not store.has(cell) and (tmp_path / "partial" / cell.key / "count").read_text() == "1000"
+    seen.append(0)
+    resumed = store.load(cell)[0]
+    assert seen[-1:] == [257] and not (tmp_path / "partial" / cell.key).exists()
+    monkeypatch.undo()
+    assert (resumed == runs.Store(tmp_path / "fresh").load(cell)[0]).all()
 
 
 # provenance
