@@ -154,11 +154,28 @@ def _check_generator(p) -> str:
     return f"{p.generator}, latents {'×'.join(map(str, backbone.latent_shape))}, weights {runs.generator_digest(p)}"
 
 
-def _check_network(p, name: str, path: str) -> str:
-    from ddkit.networks import load_torchvision
-    if not path: return f"{name}, trained by the kit on the real training set when it is wanted"
-    load_torchvision(name, path)
-    return f"{name}, {Path(path).name}"
+_TRAINED_HERE = "trained by the kit on the real training set when it is wanted"
+
+
+def _check_judge(p) -> str:
+    from ddkit.protocols import load_judge
+    if not p.feature_weights: return f"{p.feature_network}, {_TRAINED_HERE}"
+    load_judge(p, _classes_alone(p))
+    return f"{p.feature_network}, {Path(p.feature_weights).name}"
+
+
+def _check_teacher(p) -> str:
+    from ddkit.protocols import load_teacher
+    if not p.teacher: return f"{p.teacher_network}, {_TRAINED_HERE}"
+    load_teacher(p, _classes_alone(p))
+    return f"{p.teacher_network}, {Path(p.teacher).name}"
+
+
+def _classes_alone(p):
+    "The real data without its images: what loading a network's weights wants to know of it."
+    from ddkit.data import RealData, class_count, imagenet_indices
+    indices = imagenet_indices(p.classes) if p.classes else None
+    return RealData(None, None, [""] * class_count(p), [], imagenet=tuple(indices) if indices else None)
 
 
 def _check_inception(p) -> str:
@@ -175,8 +192,8 @@ def _check_device(p) -> str:
 
 def _checks(p) -> dict:
     "What is looked at → a function that describes it in a few words, or raises the error that a run would raise."
-    known = {"data": lambda: _check_data(p), "generator": lambda: _check_generator(p), "judge": lambda: _check_network(p, p.feature_network, p.feature_weights),
-             "teacher": lambda: _check_network(p, p.teacher_network, p.teacher), "inception": lambda: _check_inception(p), "device": lambda: _check_device(p)}
+    known = {"data": lambda: _check_data(p), "generator": lambda: _check_generator(p), "judge": lambda: _check_judge(p), "teacher": lambda: _check_teacher(p),
+             "inception": lambda: _check_inception(p), "device": lambda: _check_device(p)}
     return known if "inception" in p.features else {name: look for name, look in known.items() if name != "inception"}
 
 # %% ../nbs/15_cli.ipynb #07ce9e18
@@ -229,17 +246,23 @@ def protocols(
 ) -> None:
     "List the protocols, the ways to train a network on a distilled set, or show one."
     from ddkit.data import class_count
+    from ddkit.methods import load_plugins
     from ddkit.protocols import get_protocol, protocol_names, training_values
+    load_plugins(load_profile(profile))
     if not name: return _columns([("protocol", "what")] + [(p, get_protocol(p).about) for p in protocol_names()])
     chosen = load_profile(profile)
     _show({key: _words(value) for key, value in vars(training_values(chosen, get_protocol(name).name, ipc, class_count(chosen))).items()})
 
 
 @app.command()
-def metrics() -> None:
+def metrics(
+    profile: ProfileOption = "digits",
+) -> None:
     "List the metrics, your own included."
+    from ddkit.methods import load_plugins
     from ddkit.metrics import get_metric, metric_names
-    _columns([("metric", "better", "features", "what")] + [(m.name, m.better, m.features, (m.function.__doc__ or "").strip().splitlines()[0]) for m in map(get_metric, metric_names())])
+    load_plugins(load_profile(profile))
+    _columns([("metric", "better", "features", "what")] + [(m.name, m.better, m.features, (m.function.__doc__ or "no description").strip().splitlines()[0]) for m in map(get_metric, metric_names())])
 
 # %% ../nbs/15_cli.ipynb #6e62502a
 @app.command(epilog="Example: ddkit distill manifoldgd --profile digits --ipc 10 --seed 0 --out manifoldgd-ipc10")
@@ -318,7 +341,7 @@ def measure(
         distilled, values = load_distilled(what), {}
         for features in chosen.features: values |= runs.measure_images(store, chosen, distilled.images, distilled.labels, features)
     else: values = store.compute(runs.measure_cell(chosen, what, ipc, seed, **_method_options(option))).value
-    _show({name: f"{value:.4g}" for name, value in values.items()})
+    _show({name: "- (too few images)" if value is None or value != value else f"{value:.4g}" for name, value in values.items()})
 
 # %% ../nbs/15_cli.ipynb #1a165118
 @app.command(epilog="Example: ddkit run nbs/papers/manifoldgd/fig4_l2_mmd.ipynb -p profile smoke")
@@ -849,6 +872,8 @@ def status(
         rows.append((kind, str(len(own)), duration(sum(r["seconds"] for r in own)) if own else "-", f"{size / 2**20:.1f} MB"))
     print(f"store {_short(store.root)}")
     _columns(rows)
+    if half := [p for p in (store.root / "partial").glob("*/latents.npy")]:
+        print(f"{len(half)} half-made encoding{'s' * (len(half) > 1)} of {sum(p.stat().st_size for p in half) / 2**30:.1f} GB in {_short(store.root / 'partial')}, to be gone on from; what belongs to other settings by now may be deleted")
     if left := [p for p in (store.root / "tmp").glob("*") if p.is_dir()]: print(f"{_count(left, 'cell')} in the making, or left by a killed process (the next `reproduce` clears that away)")
     for record in records:
         if wrong := runs.problem(record["path"], thorough=verify): print(f"damaged: {record['cell']} in {_short(record['path'])} ({wrong})")

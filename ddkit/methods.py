@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, load_backbone
-from .data import RealData, load_data, to_images, to_pixels
+from .data import ImageSet, RealData, load_data, to_pixels
 from .finetuning import DiffusionTerm, InversionMatching, Minimax, apply_finetuned, finetune, refine_latents
 from .guidance import Guidance, InfluenceGuidance, ManifoldGuidance, ModeGuidance, PriorGuidance, SumGuidance, class_gradients, rows_of
 from .modes import discover_modes, random_order
@@ -46,15 +46,10 @@ from .selection import confident_candidates, match_distribution, select, select_
 
 # %% ../nbs/10_methods.ipynb #ce4c1386
 @dataclass(frozen=True, eq=False)
-class DistilledSet:
-    "Synthetic (or chosen) images with labels. Images are what the PNGs hold: bytes, scaled to [−1, 1]."
-    images: torch.Tensor  # float32 N×C×H×W in [−1, 1]
-    labels: torch.Tensor  # int64, N
+class DistilledSet(ImageSet):
+    "Synthetic (or chosen) images with labels: `pixels` are the bytes of the PNGs, `images` and `batch` the same in [−1, 1]."
     path: Path
     manifest: dict
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -79,7 +74,7 @@ def _check_free(folder: Path) -> None:
 
 
 def save_distilled(
-    images: torch.Tensor,  # N×C×H×W in [−1, 1]
+    images: torch.Tensor,  # N×C×H×W in [−1, 1], or bytes
     labels: torch.Tensor,  # N
     folder: str | Path,  # must not exist, or be empty
     manifest: dict,  # has "classes": a list of {label, folder, name}
@@ -90,7 +85,7 @@ def save_distilled(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        manifest = manifest | {"files": _write_images(to_pixels(images.cpu()), labels.cpu(), manifest["classes"], unfinished)}
+        manifest = manifest | {"files": _write_images(images.cpu() if images.dtype == torch.uint8 else to_pixels(images.cpu()), labels.cpu(), manifest["classes"], unfinished)}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.chmod(0o755)
         os.replace(unfinished, folder)  # an empty folder may be replaced by a folder
@@ -116,7 +111,7 @@ def load_distilled(
         with Image.open(file) as image: array = np.asarray(image)
         pixels.append(torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy()))
         labels.append(label_of[name.rsplit("/", 1)[0]])
-    return DistilledSet(to_images(torch.stack(pixels)), torch.tensor(labels), folder, manifest)
+    return DistilledSet(torch.stack(pixels), torch.tensor(labels), folder, manifest)
 
 # %% ../nbs/10_methods.ipynb #b34746dc
 Weights = dict[str, torch.Tensor]  # name → tensor, as safetensors keep them
@@ -300,12 +295,16 @@ def generate(
     workshop: Workshop,
     plan: Plan | Guidance | None = None,  # None: plain sampling
 ) -> torch.Tensor:
-    "Sample the candidates of a plan, keep one per label, refine and decode in batches; N×C×H×W in [−1, 1], on the CPU."
-    plan = as_plan(plan)
+    "Sample the candidates of a plan, keep one per label, refine and decode; N×C×H×W in [−1, 1], on the CPU."
+    return torch.cat(list(_decoded(workshop, as_plan(plan))))
+
+
+def _decoded(workshop: Workshop, plan: Plan) -> Iterator[torch.Tensor]:
+    "The images of a plan, batch by batch: as floats, those of 1,000 classes are not to be held at once."
     latents = sample_plan(workshop, plan)
     if plan.choose: latents = latents[plan.choose(workshop, latents).to(latents.device)]
     if plan.refine: latents = plan.refine(workshop, latents)
-    return torch.cat([workshop.backbone.decode(part).cpu() for part in latents.split(workshop.profile.batch_size)])
+    for part in latents.split(workshop.profile.batch_size): yield workshop.backbone.decode(part).cpu()
 
 # %% ../nbs/10_methods.ipynb #82b3c74d
 Recipe = Callable[..., "Plan | Guidance | torch.Tensor"]  # (workshop, **options) → a plan, a guidance, or images N×C×H×W in [−1, 1] in the order of workshop.labels
@@ -859,14 +858,20 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "scikit-learn", "numpy")}
 
 
-def _images(method: Method, workshop: Workshop) -> torch.Tensor:
-    "What a method makes, as images; one line for anything that cannot be a set."
+def _pixels(method: Method, workshop: Workshop) -> torch.Tensor:
+    "What a method makes, as bytes N×C×H×W; one line for anything that cannot be a set."
     options = {} if method.parts else recipe_options(method, part_options(method, workshop.options)[method.name])
     made = method.recipe(workshop, **options)
-    images = made if isinstance(made, torch.Tensor) else generate(workshop, _returned(method, made))
-    if images.ndim != 4 or images.shape[0] != len(workshop.labels): raise ValueError(f"method {method.name!r} made images of shape {tuple(images.shape)} for {len(workshop.labels)} labels; N×C×H×W is wanted")
+    parts = [made] if isinstance(made, torch.Tensor) else _decoded(workshop, _returned(method, made))
+    pixels = torch.cat([to_pixels(_checked_images(method, workshop.profile, part)) for part in parts])
+    if len(pixels) != len(workshop.labels): raise ValueError(f"method {method.name!r} made {len(pixels)} images for {len(workshop.labels)} labels; one for each is wanted")
+    return pixels
+
+
+def _checked_images(method: Method, p: Profile, images: torch.Tensor) -> torch.Tensor:
+    "Images as they came, or one line that says what is wrong with them."
+    if images.ndim != 4: raise ValueError(f"method {method.name!r} made images of shape {tuple(images.shape)}; N×C×H×W is wanted")
     if not torch.isfinite(images).all(): raise ValueError(f"method {method.name!r} made images that are not finite; nothing was written")
-    p = workshop.profile
     if tuple(images.shape[1:]) != (p.channels, p.image_size, p.image_size): raise ValueError(f"method {method.name!r} made images of {tuple(images.shape[1:])}, profile {p.name!r} has {(p.channels, p.image_size, p.image_size)}")
     if images.abs().max() > 1.01: raise ValueError(f"method {method.name!r} made images in [{images.min():.3g}, {images.max():.3g}]; they belong into [−1, 1]")
     return images
@@ -892,10 +897,10 @@ def distill(
     part_options(method, options)  # raises for what cannot be
     if out is not None: _check_free(Path(out))
     workshop = Workshop(profile, ipc, seed, data, latents, prepared, method, options)
-    images = _images(method, workshop)
+    pixels = _pixels(method, workshop)
     classes = [{"label": i, "folder": f, "name": c} for i, (f, c) in enumerate(zip(workshop.data.folders, workshop.data.classes))]
     manifest = {"method": method.name, "options": options, "ipc": ipc, "seed": seed, "profile": asdict(profile), "classes": classes, "versions": _versions()}
-    return save_distilled(images, workshop.labels, out or Path(tempfile.mkdtemp(prefix="ddkit-")), manifest)
+    return save_distilled(pixels, workshop.labels, out or Path(tempfile.mkdtemp(prefix="ddkit-")), manifest)
 
 # %% ../nbs/10_methods.ipynb #07db06fc
 def load_plugins(

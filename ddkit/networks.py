@@ -442,7 +442,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _check_fit(weights: dict[str, torch.Tensor], network: nn.Module, what: str) -> None:
     "Raise `ValueError` with the first name or shape that differs."
-    wanted = network.state_dict()
+    wanted = {n: value for n, value in network.state_dict().items() if not n.endswith("num_batches_tracked")}  # torchvision's files lack these counts, and no output depends on them
+    weights = {n: value for n, value in weights.items() if not n.endswith("num_batches_tracked")}
     missing, unknown = [n for n in wanted if n not in weights], [n for n in weights if n not in wanted]
     if missing or unknown:
         raise ValueError(f"{what}: {len(missing)} names are missing{f' ({missing[0]}, …)' if missing else ''}, {len(unknown)} are unknown{f' ({unknown[0]}, …)' if unknown else ''}")
@@ -469,5 +470,5 @@ def load_torchvision(
         if not len(rows) or min(rows) < 0 or max(rows) >= num_classes: raise ValueError(f"rows {list(rows)} must lie between 0 and {num_classes - 1}, and there must be one at least")
         for part in ("weight", "bias"): weights[f"{last}.{part}"] = weights[f"{last}.{part}"][list(rows)]
     network = create_network(network_name, num_classes if rows is None else len(rows), norm="batch")
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, strict=False)  # all but the counts is there, as was checked
     return network.eval()

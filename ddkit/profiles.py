@@ -95,7 +95,7 @@ class Profile:
     training: tuple[tuple[str, object], ...] = ()  # changes of the other protocols, ("soft.epochs", 60): in settings.ini a line `soft.epochs = 60`
     teacher_network: str = "resnet18"  # gives the soft labels
     teacher: str = ""  # its weights, a file with torchvision's parameter names; empty: the kit trains it on the real training set
-    features: tuple[str, ...] = ("judge",)  # what the metrics look at: "judge" (the feature network), "inception" (FID's), "denoiser" (the generator's own), "tsne" (a map of the judge's)
+    features: tuple[str, ...] = ("judge",)  # what the metrics look at: "judge" (the feature network), "inception" (FID's), "denoiser" (the generator's own)
     feature_network: str = "resnet18"  # the judge: the network whose penultimate layer the metrics read
     feature_weights: str = ""  # its weights, a file with torchvision's parameter names (ImageNet's 1,000 classes); empty: the kit trains it
     inception: str = "auto"  # FID's Inception weights: a file, or "auto" for torch-fidelity's usual cache
@@ -149,7 +149,7 @@ _CHOICES = {
     "schedule": ("steps", "cosine", "half-cosine", "constant"), "tested": ("throughout", "last-fifth", "last-hundred"), "test_view": ("whole", "centre"),
 }
 
-FEATURES = ("judge", "inception", "denoiser", "tsne")
+FEATURES = ("judge", "inception", "denoiser")
 
 _POSITIVE = {"image_size", "eval_size", "channels", "steps", "neighbours", "tangent_dim", "cloud_size", "network_width",
              "evaluations", "eval_batch_size", "learning_rate", "batch_size", "kernel_width", "bandwidth", "radius_multiplier",

@@ -10,8 +10,9 @@ __all__ = ['CODE', 'READ_CODE', 'EXTRACTOR_CODE', 'IDENTITY', 'READ', 'EXTRACTOR
            'finetune_cell', 'evaluate_cell', 'measure_cell', 'features_cell', 'feature_cell', 'Result', 'problem',
            'Store', 'compute_encode', 'compute_finetune', 'prepared_inputs', 'compute_distill', 'compute_evaluate',
            'compute_features', 'compute_measure', 'evaluate_images', 'measure_images', 'package_versions', 'one_thread',
-           'in_company', 'commit', 'provenance', 'results', 'rough_seconds', 'history', 'estimate', 'Bundle', 'bundles',
-           'NotebookError', 'notebook_parameters', 'check_parameters', 'run_notebook', 'is_complete', 'notebook_code']
+           'in_company', 'commit', 'provenance', 'results', 'class_results', 'varied_values', 'rough_seconds',
+           'history', 'estimate', 'Bundle', 'bundles', 'NotebookError', 'notebook_parameters', 'check_parameters',
+           'run_notebook', 'is_complete', 'notebook_code']
 
 # %% ../nbs/12_runs.ipynb #34c0b340
 import ast
@@ -78,16 +79,16 @@ def bare_code(
 CODE = {
     "encode": ("data", "backbones", "methods.encode_training_set", "runs.compute_encode"),
     "finetune": ("data", "backbones", "sampling", "finetuning", "methods.prepare", "methods.Workshop", "methods._finetuned", "methods._inversion_index", "runs.compute_finetune"),  # and the preparation itself
-    "distill": ("data", "backbones", "modes", "guidance", "sampling", "finetuning", "selection", "methods", "runs.compute_distill", "runs.prepared_inputs"),
-    "features": ("data", "runs.compute_features"),  # and what the extractor asks for
+    "distill": ("data", "backbones", "modes", "guidance", "sampling", "finetuning", "selection", "methods", "protocols.half_precision", "runs.compute_distill", "runs.prepared_inputs"),
+    "features": ("data", "runs.compute_features", "runs._batches"),  # and what the extractor asks for
     "evaluate": ("data", "networks", "protocols", "runs.compute_evaluate"),
     "measure": ("metrics", "runs.compute_measure"),
 }
 _JUDGING = ("networks", "protocols.Classifier", "protocols.load_classifier", "protocols.load_judge", "protocols.central_square", "protocols.normalize", "protocols.NORMALIZATIONS")
 READ_CODE = {"judge": _JUDGING, "training": ("networks", "protocols")}  # of methods and preparations, by the groups of values that they read
-_INCEPTION = ("FIDInception", "_ConvNorm", "_Mixed", "_chains_17", "tensorflow_resize", "inception_features")
+_INCEPTION = ("FIDInception", "_ConvNorm", "_Mixed", "_CHAINS", "_chains_17", "tensorflow_resize", "load_inception", "inception_features")
 EXTRACTOR_CODE = {"judge": (*_JUDGING, "runs._judge_features"), "inception": (*(f"metrics.{name}" for name in _INCEPTION), "runs._inception_features"),
-                  "denoiser": ("backbones", "sampling", "finetuning.forward_noise", "metrics.denoiser_features", "runs._denoiser_features")}
+                  "denoiser": ("backbones", "sampling", "finetuning.forward_noise", "metrics.denoiser_features", "metrics.FEATURE_NOISE", "runs._denoiser_features")}
 
 
 def module_path(name: str) -> Path:
@@ -108,7 +109,7 @@ def kit_code(
 
 def _assigned(node) -> list[str]:
     "The names that a statement assigns at the top of a module."
-    return [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+    return [name.id for target in getattr(node, "targets", ()) for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 # %% ../nbs/12_runs.ipynb #601a3a1f
 def function_code(
@@ -218,6 +219,7 @@ _PRIOR = ("prior_scale", "prior_layer", "prior_kernel", "prior_width", "prior_re
 _FINETUNING = ("finetune_epochs", "finetune_batch_size", "finetune_learning_rate", "finetune_ema")
 _GENERATOR = ("generator", "precision", "prompt", "negative_prompt")
 _SAMPLING = ("sampler", "steps", "cfg_scale", "cfg_channels", "variance")
+_SHOWN = ("eval_size", "network_width", "normalization", "precision")
 _TRAINING = ("eval_size", "network_width", "evaluations", "eval_batch_size", "learning_rate", "weight_decay", "augmentations", "normalization", "precision")
 
 _JUDGE = ("eval_size", "normalization", "network_width", "feature_network")
@@ -227,8 +229,7 @@ IDENTITY = {
     "finetune": _DATA + _GENERATOR + _SAMPLING,
     "distill": _DATA + _GENERATOR + _SAMPLING,
     "features": _DATA,
-    "evaluate": _DATA + _TRAINING + ("epochs",),
-    "full": _DATA + _TRAINING + ("full_epochs",),  # evaluate, on the whole real training set
+    "evaluate": _DATA + _SHOWN,  # and the values of the protocol
     "measure": (),
 }
 READ = {  # what a method or a preparation reads besides, by the groups it was registered with (`ddkit.methods.READS`)
@@ -240,7 +241,7 @@ WITHOUT_EFFECT = {
     "ipcs", "networks", "seeds", "protocol", "features",  # which cells a table wants; a cell carries its own
     "root", "cache", "weights", "vae", "plugins", "teacher", "feature_weights", "inception",  # where files are; their contents count
 }
-ELSEWHERE = {"training", "teacher_network"}  # counted for the protocols that use them
+ELSEWHERE = {"epochs", "full_epochs", "evaluations", "eval_batch_size", "learning_rate", "weight_decay", "augmentations", "training", "teacher_network"}  # counted by what a protocol makes of them
 
 # %% ../nbs/12_runs.ipynb #afc73b70
 KINDS = ("encode", "finetune", "distill", "features", "evaluate", "measure")
@@ -301,7 +302,7 @@ def _tuples(value): return tuple(map(_tuples, value)) if isinstance(value, (list
 
 # %% ../nbs/12_runs.ipynb #185541e0
 def _identity(cell: Cell) -> dict:
-    of_profile = sorted({*IDENTITY["full" if cell.is_full and cell.kind == "evaluate" else cell.kind], *_read(cell)})
+    of_profile = sorted({*IDENTITY[cell.kind], *_read(cell)})
     known = {
         "kind": cell.kind,
         "profile": {name: getattr(cell.profile, name) for name in of_profile},
@@ -364,15 +365,17 @@ def _inception_digest(inception: str) -> str:
 
 
 def _training(cell: Cell) -> dict:
-    "What an evaluation depends on besides the values of the hard-label protocol: changes to its own protocol, and the teacher."
+    "The values of the protocol that an evaluation follows, and its teacher; of methods that train networks by themselves, the changes for single networks."
     p = cell.profile
-    if cell.kind != "evaluate":  # some train networks by themselves, with hard labels
+    if cell.kind != "evaluate":
         hard = {name: value for name, value in p.training if name.startswith("hard.")} if "training" in _groups_read(cell) else {}
         return {"training": hard} if hard else {}
-    from ddkit.protocols import needs_teacher
-    known = {name: value for name, value in p.training if name.split(".")[0] == cell.protocol and name.split(".")[2:] in ([], [cell.network])}
-    if needs_teacher(p, cell.protocol): known |= {"teacher_network": p.teacher_network, "teacher": weights_digest(p.teacher)}
-    return {"training": known} if known else {}
+    from ddkit.data import class_count
+    from ddkit.protocols import needs_teacher, training_values
+    values = asdict(training_values(p, cell.protocol, max(cell.ipc, 1), max(class_count(p), 1), cell.network))
+    if cell.is_full: values["epochs"] = p.full_epochs  # None: by the number of real images, which the data's fingerprint knows
+    teacher = {"network": p.teacher_network, "file": weights_digest(p.teacher)} if needs_teacher(p, cell.protocol, cell.network) else {}
+    return {"training": values} | ({"teacher": teacher} if teacher else {})
 
 
 def generator_digest(
@@ -435,9 +438,11 @@ def evaluate_cell(
     **options,  # for the method
 ) -> Cell:
     "One network trained on a distilled set and tested on real images."
+    from ddkit.methods import load_plugins
     from ddkit.networks import network_names
     from ddkit.protocols import protocol_names, training_values
     protocol = protocol or profile.protocol
+    load_plugins(profile)
     if network not in network_names(): nearest_name("network", network, network_names())
     if protocol not in protocol_names(): nearest_name("protocol", protocol, protocol_names())
     training_values(profile, protocol, max(int(ipc), 1), 10, network)  # raises for values that cannot be
@@ -487,14 +492,8 @@ def _upstream(cell: Cell) -> list[Cell]:
     if cell.kind == "distill": return _inputs(cell)
     about = [] if cell.is_full else [_about(cell)]
     if cell.kind == "evaluate": return about + _teacher(cell)
-    if cell.kind == "features": return about + (_judge(cell.profile) if cell.network == "judge" else [])
-    extractors = dict.fromkeys(_extractor(features) for features in cell.network.split())
-    return [replace(c, kind="features", network=e) for e in extractors for c in (Cell("measure", cell.profile, "full"), cell)]
-
-
-def _extractor(features: str) -> str:
-    "Whose features a kind of features is made of: a t-SNE map is one of the judge's."
-    return "judge" if features == "tsne" else features
+    if cell.kind == "features": return about + (_judge(cell.profile) if cell.network == "judge" else [encode_cell(cell.profile)] * (cell.is_full and cell.network == "denoiser"))
+    return [replace(c, kind="features", network=e) for e in cell.network.split() for c in (Cell("measure", cell.profile, "full"), cell)]
 
 
 def _inputs(cell: Cell) -> list[Cell]:
@@ -516,7 +515,7 @@ def _teacher(cell: Cell) -> list[Cell]:
     "The cell that trains the network that gives soft labels, unless its weights are given or none is needed."
     from ddkit.protocols import TEACHER_PROTOCOL, needs_teacher
     p = cell.profile
-    return [evaluate_cell(p, "full", 0, 0, p.teacher_network, TEACHER_PROTOCOL)] if needs_teacher(p, cell.protocol) and not p.teacher else []
+    return [evaluate_cell(p, "full", 0, 0, p.teacher_network, TEACHER_PROTOCOL)] if needs_teacher(p, cell.protocol, cell.network) and not p.teacher else []
 
 
 def feature_cell(
@@ -528,7 +527,7 @@ def feature_cell(
 # %% ../nbs/12_runs.ipynb #ba7f571c
 def _registered(cell: Cell) -> list[str]:
     "The code of users' functions that a cell calls by name."
-    from ddkit import methods, metrics, modes
+    from ddkit import methods, metrics, modes, protocols
     methods.load_plugins(cell.profile)
     functions = []
     if cell.kind == "distill":
@@ -538,6 +537,7 @@ def _registered(cell: Cell) -> list[str]:
     if cell.kind == "finetune":
         function = methods._PREPARATIONS[cell.method].function
         return [function_code(function) or kit_code(f"methods.{function.__name__}")]
+    if cell.kind == "evaluate": functions = [protocols.get_protocol(cell.protocol).values]
     if cell.kind == "measure": functions = [metrics.get_metric(name).function for name in metrics.metric_names()]
     return [code for code in map(function_code, functions) if code]
 
@@ -751,7 +751,7 @@ def _score_values(scores) -> dict:
 def _soft_labels(cell: Cell, store: Store):
     "The network that gives soft labels; None for a protocol with hard ones."
     from ddkit.protocols import load_teacher, needs_teacher
-    if not needs_teacher(cell.profile, cell.protocol): return None
+    if not needs_teacher(cell.profile, cell.protocol, cell.network): return None
     state = next((_network_weights(store, up) for up in _teacher(cell)), None)
     return load_teacher(cell.profile, _real_data(cell.profile), state)
 
@@ -760,7 +760,8 @@ def compute_features(cell: Cell, store: Store, folder: Path) -> dict:
     "Features of a distilled set, or of the real training set, by one extractor."
     from safetensors.torch import save_file
     source = _real_data(cell.profile).train if cell.is_full else store.load(_about(cell))
-    features = _EXTRACTORS[cell.network](cell.profile, store, source)
+    latents = {"latents": store.load(encode_cell(cell.profile))[0]} if cell.is_full and cell.network == "denoiser" else {}  # encoding is the dear part
+    features = _EXTRACTORS[cell.network](cell.profile, store, source, **latents)
     save_file({"features": features.contiguous(), "labels": source.labels.contiguous()}, folder / "features.safetensors")
     return {"shape": list(features.shape)}
 
@@ -768,18 +769,13 @@ def compute_features(cell: Cell, store: Store, folder: Path) -> dict:
 def compute_measure(cell: Cell, store: Store, folder: Path) -> dict:
     "All registered metrics, each in the features that it asks for."
     from ddkit.methods import load_plugins
+    from ddkit.metrics import measure
     load_plugins(cell.profile)
     values = {}
-    for features in cell.network.split():
-        real, synthetic = (store.load(up) for up in cell.upstream if up.network == _extractor(features))
-        values |= _measured(features, *real, *synthetic)
+    for extractor in cell.network.split():
+        (real, real_labels), (synthetic, synthetic_labels) = (store.load(up) for up in cell.upstream if up.network == extractor)
+        values |= measure(real, synthetic, real_labels=real_labels, synthetic_labels=synthetic_labels, features=extractor)
     return values
-
-
-def _measured(features: str, real, real_labels, synthetic, synthetic_labels) -> dict[str, float]:
-    from ddkit.metrics import measure, tsne_embedding
-    if features == "tsne": real, synthetic = tsne_embedding(real, synthetic, max_real=len(real))
-    return measure(real, synthetic, real_labels=None if synthetic_labels is None else real_labels, synthetic_labels=synthetic_labels, features=features)
 
 
 def evaluate_images(
@@ -801,15 +797,17 @@ def measure_images(
     profile: Profile,
     images,  # float tensor, N×C×H×W in [−1, 1]
     labels=None,  # int64, N; None: metrics that look at classes are left out
-    features: str = "judge",  # one of `ddkit.metrics.FEATURES`
+    extractor: str = "judge",  # one of `EXTRACTOR_CODE`
 ) -> dict[str, float]:
     "All registered metrics of any images, in one kind of features."
     from ddkit.data import ImageSet, to_pixels
     from ddkit.methods import load_plugins
+    from ddkit.metrics import measure
     load_plugins(profile)
-    if features == "denoiser" and labels is None: raise ValueError("features of the denoiser depend on the class: pass the images' labels")
-    real = store.load(features_cell(profile, "full", extractor=_extractor(features)))
-    return _measured(features, *real, _EXTRACTORS[_extractor(features)](profile, store, ImageSet(to_pixels(images), labels)), labels)
+    if extractor == "denoiser" and labels is None: raise ValueError("features of the denoiser depend on the class: pass the images' labels")
+    real, real_labels = store.load(features_cell(profile, "full", extractor=extractor))
+    synthetic = _EXTRACTORS[extractor](profile, store, ImageSet(to_pixels(images), labels))
+    return measure(real, synthetic, real_labels=None if labels is None else real_labels, synthetic_labels=labels, features=extractor)
 
 # %% ../nbs/12_runs.ipynb #00cc7a92
 def _plain(value):
@@ -821,9 +819,8 @@ def _plain(value):
 
 # %% ../nbs/12_runs.ipynb #45288c01
 def _batches(source, size: int):
-    "Images of an `ImageSet` or `DistilledSet`, in [−1, 1], some at a time."
-    for start in range(0, len(source), size):
-        yield source.batch(slice(start, start + size)) if hasattr(source, "batch") else source.images[start:start + size]
+    "Images of a set in [−1, 1], some at a time."
+    for start in range(0, len(source), size): yield source.batch(slice(start, start + size))
 
 
 def _judge_features(profile: Profile, store: Store, source):
@@ -842,14 +839,13 @@ def _inception_features(profile: Profile, store: Store, source):
     return torch.cat([inception_features(to_pixels(images), network, device, profile.batch_size) for images in _batches(source, profile.batch_size)])
 
 
-def _denoiser_features(profile: Profile, store: Store, source):
-    "One block of the denoiser, mean over its tokens: ImageNette's 13,000 images would take 15 GB without. Real and synthetic images are noised apart."
+def _denoiser_features(profile: Profile, store: Store, source, latents=None):
+    "One block of the denoiser, mean over its tokens: ImageNette's 13,000 images would take 15 GB without. Real images, whose latents are known, and synthetic ones are noised apart."
     import torch
-    from ddkit.data import ImageSet
     from ddkit.metrics import denoiser_features
-    backbone = _backbone(profile)
-    latents = torch.cat([backbone.encode(images).cpu() for images in _batches(source, profile.batch_size)])
-    return denoiser_features(backbone, latents, source.labels, layer=profile.prior_layer, seed=0 if source is _real_data(profile).train else 1, batch_size=profile.batch_size, pool=True)
+    backbone, seed = _backbone(profile), 1 if latents is None else 0
+    if latents is None: latents = torch.cat([backbone.encode(images).cpu() for images in _batches(source, profile.batch_size)])
+    return denoiser_features(backbone, latents, source.labels, layer=profile.prior_layer, seed=seed, batch_size=profile.batch_size, pool=True)
 
 # %% ../nbs/12_runs.ipynb #e65db763
 @functools.lru_cache(maxsize=1)
@@ -881,7 +877,7 @@ _EXTRACTORS = {"judge": _judge_features, "inception": _inception_features, "deno
 COMPUTE = {"encode": compute_encode, "finetune": compute_finetune, "distill": compute_distill, "features": compute_features, "evaluate": compute_evaluate, "measure": compute_measure}
 
 # %% ../nbs/12_runs.ipynb #db1bcf03
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "diffusers", "torchmetrics", "pandas", "matplotlib")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "diffusers", "transformers", "pillow", "pandas", "matplotlib")
 
 
 @functools.cache
@@ -964,10 +960,11 @@ def _summary(cell: Cell, value: dict) -> str:
 
 # %% ../nbs/12_runs.ipynb #5329a8c6
 def _load_latents(cell: Cell, folder: Path):
-    "Latents stay on disk until they are looked at; what is written to them stays in memory."
+    "Latents stay on disk until they are looked at."
     import numpy as np
     import torch
-    return tuple(torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in ("latents.npy", "labels.npy"))
+    from ddkit.data import mapped
+    return mapped(folder / "latents.npy"), torch.from_numpy(np.load(folder / "labels.npy"))
 
 
 def _load_features(cell: Cell, folder: Path):
@@ -1037,12 +1034,13 @@ def results(
     store: Store,
     cells: list[Cell],  # evaluate and measure cells; others are skipped
 ):  # a pandas DataFrame
-    """One row per evaluated network: dataset, network, ipc, method, seed, protocol, the method's options, best, last, and the metrics of the same distilled set.
+    """One row per evaluated network: dataset, network, ipc, method, seed, protocol, the method's options, the profile's values in which cells of a dataset differ, best, last, and the metrics of the same distilled set.
 
     A measured set without an evaluation gets a row without a network. Cells that are missing are computed.
     """
     import pandas as pd
     wanted = [c for c in dict.fromkeys(cells) if c.kind in ("evaluate", "measure")]
+    varied = varied_values(wanted)
     if missing := [c for c in wanted if not store.has(c)]:
         print(f"computing {len(missing)} of {len(wanted)} cells, one after another; `ddkit reproduce` shares them out over all cores", flush=True)
     measured = {_about(c): c for c in wanted if c.kind == "measure"}
@@ -1051,13 +1049,38 @@ def results(
         value = store.compute(cell).value
         used.add(_about(cell))
         metrics = store.compute(measured[_about(cell)]).value if _about(cell) in measured else {}
-        rows.append(_row(cell) | {"best": value["best"], "last": value["last"]} | metrics)
-    rows += [_row(cell) | store.compute(cell).value for about, cell in measured.items() if about not in used]
+        rows.append(_row(cell, varied) | {"best": value["best"], "last": value["last"]} | metrics)
+    rows += [_row(cell, varied) | store.compute(cell).value for about, cell in measured.items() if about not in used]
     return pd.DataFrame(rows)
 
+
+def class_results(
+    store: Store,
+    cells: list[Cell],  # evaluate cells; others are skipped
+):  # a pandas DataFrame
+    "One row per evaluated network and class: as `results`, with the class's name and its accuracy where the run was best (`best`) and after the last epoch (`last`). Cells that are missing are computed."
+    import pandas as pd
+    wanted = [c for c in dict.fromkeys(cells) if c.kind == "evaluate"]
+    varied, rows = varied_values(wanted), []
+    for cell in wanted:
+        value, names = store.compute(cell).value, _real_data(cell.profile).classes
+        rows += [_row(cell, varied) | {"class_name": name, "best": best, "last": last} for name, best, last in zip(names, value["per_class"], value["per_class_last"], strict=True)]
+    return pd.DataFrame(rows)
+
+
+def varied_values(
+    cells: list[Cell],
+) -> list[str]:
+    "The values of a profile in which cells of the same dataset differ: what an ablation varies."
+    values: dict[str, dict[str, set]] = {}
+    for profile in {c.profile for c in cells}:
+        for name, value in vars(profile).items(): values.setdefault(name, {}).setdefault(profile.name, set()).add(value)
+    return [name for name, by_dataset in values.items() if any(len(seen) > 1 for seen in by_dataset.values())]
+
 # %% ../nbs/12_runs.ipynb #0c255133
-def _row(cell: Cell) -> dict:
-    return {"dataset": cell.profile.name, "network": cell.network, "ipc": cell.ipc, "method": cell.method, "seed": cell.seed, "protocol": cell.protocol} | dict(cell.options)
+def _row(cell: Cell, varied: list[str]) -> dict:
+    return ({"dataset": cell.profile.name, "network": cell.network, "ipc": cell.ipc, "method": cell.method, "seed": cell.seed, "protocol": cell.protocol}
+            | dict(cell.options) | {name: getattr(cell.profile, name) for name in varied})
 
 # %% ../nbs/12_runs.ipynb #af0104ea
 def rough_seconds(cell: Cell) -> float:
@@ -1067,7 +1090,7 @@ def rough_seconds(cell: Cell) -> float:
     classes = class_count(p)
     area, speed = (p.image_size / 16) ** 2, 1 if p.device == "cpu" else 30
     if cell.kind == "encode": return 1 + 2 * area / speed
-    if cell.kind == "measure": return 1.0
+    if cell.kind == "measure": return 1.0 + (min(10_000, 1300 * classes) / 5000) ** 2 * 2 * (p.dataset != "digits")
     if cell.kind == "features": return 0.5 + (10 if cell.is_full else 0.01 * cell.ipc) * classes * 1e-2 * area / speed
     if cell.kind == "distill": return 0.5 + cell.ipc * classes * p.steps * 1e-3 * area / speed
     images = 1300 * classes if p.dataset != "digits" else 1257

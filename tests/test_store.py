@@ -273,9 +273,10 @@ def test_features_are_computed_once_per_set_and_extractor(tmp_path):
     store, two = runs.Store(tmp_path), runs.measure_cell(SMOKE.replace(features="judge denoiser"), "random", 2)
     store.compute(two)
     assert sorted(r["cell"] for r in store.records() if r["kind"] == "features") == [f"features {e} {of} seed 0" for e in ("denoiser", "judge") for of in ("full", "random ipc 2")]
-    before = {r["cell"]: r["created"] for r in store.records()}
+    def written(): return {r["cell"]: (r["path"] / "cell.json").stat().st_mtime_ns for r in store.records() if r["kind"] == "features"}
+    before = written()
     store.discard(two); store.compute(two)
-    assert {r["cell"]: r["created"] for r in store.records() if r["kind"] == "features"} == {k: v for k, v in before.items() if k.startswith("features")}
+    assert written() == before
     features, labels = store.load(runs.features_cell(SMOKE, "random", 2))
     assert features.shape == (20, 64) and labels.tolist() == [c for c in range(10) for _ in range(2)]
 
@@ -300,6 +301,31 @@ def test_a_teacher_is_a_cell_that_all_students_share(tmp_path):
     told = [store.compute(cell).value["settings"]["teacher"] for cell in students]
     assert told[0] == told[1] and told[0]["network"] == "resnet18"
     assert [r["cell"] for r in store.records() if r["cell"].endswith("full seed 0")] == ["evaluate resnet18 hard-batchnorm full seed 0"]
+
+
+def test_a_protocol_of_ones_own_counts_with_its_code(tmp_path):
+    code = "from dataclasses import replace\nfrom ddkit.protocols import get_protocol, protocol\n@protocol('{name}', 'short', 'mine')\ndef mine(profile, ipc, classes): return replace(get_protocol('hard').values(profile, ipc, classes), {changes})\n"
+    def key(name, changes):
+        (tmp_path / f"{name}.py").write_text(code.format(name=name, changes=changes))
+        return runs.evaluate_cell(SMOKE.replace(plugins=(str(tmp_path / f"{name}.py"),)), "full", 0, 0, "convnet6", name).identity
+    a, b = key("first-protocol", "epochs=1"), key("second-protocol", "momentum=0.5")
+    assert a["training"]["momentum"] == 0.9 and b["training"]["momentum"] == 0.5 and a["registered"] != b["registered"]
+
+
+def test_values_count_for_the_protocols_that_read_them():
+    def keys(**changes):
+        profile = SMOKE.replace(teacher="teacher.pth", normalization="half", **changes)
+        full = runs.evaluate_cell(profile, "full", 0, 0, "vit")
+        return [runs.evaluate_cell(profile, "random", 2, 0, "convnet6", protocol).key for protocol in ("hard", "soft")] + [full.key]
+
+    def changed(**changes): return [a != b for a, b in zip(keys(), keys(**changes))]
+    assert changed(learning_rate=0.05) == [True, False, False]  # vit has a learning rate of its own in this profile
+    assert changed(epochs=3) == [True, False, False]  # on the whole real set: full_epochs
+    assert changed(**{"soft.temperature": 4}) == [False, True, False]
+    assert changed(**{"hard.learning_rate.vit": 0.02}) == [False, False, True]
+    assert changed(**{"soft.epochs.resnet18": 9}) == [False, False, False]  # of another network
+    one = lambda network, file: runs.evaluate_cell(SMOKE.replace(teacher=file, **{"hard-igd.labels.resnet50": "soft"}), "random", 2, 0, network, "hard-igd").key
+    assert one("resnet50", "a.pth") != one("resnet50", "b.pth") and one("resnet18", "a.pth") == one("resnet18", "b.pth")
 
 
 def test_encoding_goes_on_where_it_was_killed(tmp_path, monkeypatch):
