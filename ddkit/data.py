@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGEST_IN_MEMORY', 'DIGITS_TEST', 'DIGITS_SPLIT_SEED', 'IMAGE_ENDINGS', 'FASTAI', 'DECODER', 'CHUNK',
            'SMALLEST_CACHED', 'to_images', 'to_pixels', 'ImageSet', 'RealData', 'load_digits_data', 'ImageNetClass',
-           'class_lists', 'imagenet_indices', 'center_crop', 'read_image', 'Listing', 'scan_split', 'archive',
+           'class_lists', 'imagenet_indices', 'center_crop', 'read_image', 'Listing', 'scan_split', 'archive', 'mapped',
            'decoded', 'load_folder_data', 'load_data', 'class_count', 'survey']
 
 # %% ../nbs/01_data.ipynb #b0dfd924
@@ -63,7 +63,7 @@ def _gigabytes(count: float) -> str:
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Labelled images: bytes in memory or in a mapped file, floats on request."
-    pixels: torch.Tensor  # uint8, N×C×H×W
+    pixels: torch.Tensor  # uint8, N×C×H×W, never to be written: see `mapped`
     labels: torch.Tensor  # int64, N, class ids 0 … C−1
 
     def __len__(self) -> int:
@@ -279,7 +279,7 @@ def _why_no_classes(split: Path, files: list[str]) -> str:
     return f"{split} has no class folders; expected {split.name}/<class>/*.JPEG"
 
 
-def _class_folders(split: Path, wanted: list[str] | None, exact: bool) -> list[str]:
+def _class_folders(split: Path, wanted: list[str] | None, exact: bool = False) -> list[str]:
     "The class folders in label order, looked for but not into."
     present, files = _scan_split_folder(split)
     wanted = present if wanted is None else list(wanted)
@@ -296,11 +296,10 @@ def _class_folders(split: Path, wanted: list[str] | None, exact: bool) -> list[s
 def scan_split(
     split: str | Path,  # e.g. …/train
     wanted: list[str] | None = None,  # class folders in label order; None: all, sorted by name
-    exact: bool = False,  # the wanted folders and no others
 ) -> Listing:
     "The files of a split. `FileNotFoundError` for missing class folders, `ValueError` for empty ones and for files that are no images by their ending."
     split = Path(split)
-    folders = _class_folders(split, wanted, exact)
+    folders = _class_folders(split, wanted)
     with ThreadPoolExecutor(16) as pool: found = list(pool.map(_scan_class, [f"{split}/{folder}" for folder in folders]))
     if others := [f"{split}/{folder}/{name}" for folder, (_, names, _) in zip(folders, found) for name in names]:
         raise ValueError(f"{split} has {_counted(others, 'file')} besides its images: {_few(others)}; a class folder holds {', '.join(IMAGE_ENDINGS)} only, and no link that leads nowhere")
@@ -442,8 +441,8 @@ class _Entry:
 
     @property
     def about(self) -> dict:
-        "For whoever finds the folder."
-        return {"split": self.listing.split, "folders": self.listing.folders, "size": self.size, "channels": self.channels, "decoder": DECODER}
+        "For whoever finds the folder: all that decides its bytes, but for the files themselves."
+        return {"split": str(Path(self.listing.split).resolve()), "folders": self.listing.folders, "size": self.size, "channels": self.channels, "decoder": DECODER}
 
     def offset(self, chunk: int) -> int: return len(self.header) + self.chunks[chunk].start * self.image_bytes
 
@@ -519,7 +518,7 @@ def _finish(entry: _Entry) -> None:
 # %% ../nbs/01_data.ipynb #75f4639b
 def _decode(entry: _Entry, workers: int | None) -> None:
     "Called with the lock held: decode what is missing and move the entry into place. Every file that is no image is named, after all have been tried."
-    _sweep(entry)
+    _sweep(entry, "unfinished-*")  # before the disk's space is looked at
     done = _open_unfinished(entry)
     missing = [c for c in range(len(entry.chunks)) if c not in done]
     _check_space(entry, missing)
@@ -533,15 +532,22 @@ def _decode(entry: _Entry, workers: int | None) -> None:
             bar.update(len(entry.chunks[chunk]))
     _raise_if_bad(bad, entry.listing)
     _finish(entry)
+    _sweep(entry, "*")
 
 
-def _sweep(entry: _Entry) -> None:
-    "Remove what was left unfinished of the same split with other files: a damaged one was replaced meanwhile, say."
-    for folder in entry.folder.parent.glob("unfinished-*"):
-        try: about = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError): continue
-        if folder == entry.unfinished or about != entry.about: continue
-        with contextlib.suppress(filelock.Timeout), _lock_of(folder.with_name(folder.name.removeprefix("unfinished-"))).acquire(timeout=0): shutil.rmtree(folder, ignore_errors=True)
+def _sweep(entry: _Entry, pattern: str) -> None:
+    "Remove other entries of the same split, classes, size and channels: their files have changed since. One that another process works on stays."
+    for folder in entry.folder.parent.glob(pattern):
+        if folder in (entry.folder, entry.unfinished) or not _is_about(folder, entry): continue
+        with contextlib.suppress(filelock.Timeout, PermissionError), _lock_of(folder.with_name(folder.name.removeprefix("unfinished-"))).acquire(timeout=0):  # or one of another user's
+            (folder / "pixels.npy").unlink(missing_ok=True)  # first: without its description, which a killed process may lose, nobody would find it
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_about(folder: Path, entry: _Entry) -> bool:
+    try: about = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return False
+    return isinstance(about, dict) and all(about.get(key) == value for key, value in entry.about.items())
 
 
 def _progress(entry: _Entry, missing: list[int]) -> tqdm:
@@ -568,6 +574,18 @@ def _lock(entry: _Entry):
     finally: lock.release()
 
 # %% ../nbs/01_data.ipynb #cf70447c
+def mapped(
+    path: str | Path,  # an array's file, .npy
+) -> torch.Tensor:
+    """The array as a tensor that is mapped from the file, for reading only: what is read is loaded, by all processes together, and nothing counts as memory in use.
+
+    Whoever wants to write into it copies it first: a write ends the process with a segmentation fault."""
+    array = np.load(path, mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # as it is meant to be
+        return torch.from_numpy(array)
+
+# %% ../nbs/01_data.ipynb #6b1b5429
 def decoded(
     listing: Listing,
     size: int,  # pixels a side
@@ -575,7 +593,7 @@ def decoded(
     cache: str | Path | None = None,  # folder of decoded images; None: `decoded` in the runs folder
     workers: int | None = None,  # processes that decode; None: as many as there are cores, fewer for small sets
 ) -> ImageSet:
-    "A split as an `ImageSet` whose pixels are mapped from the cache, decoded first if they are not there. `ValueError` names all files that are no images, or a disk that is too small."
+    "A split as an `ImageSet` whose pixels are `mapped` from the cache, decoded first if they are not there. `ValueError` names all files that are no images, or a disk that is too small."
     if len(listing) < SMALLEST_CACHED:
         pixels, bad = _read_many(listing.paths, size, channels)
         _raise_if_bad(bad, listing)
@@ -584,8 +602,7 @@ def decoded(
     if not _is_finished(entry.folder):
         with _lock(entry):
             if not _is_finished(entry.folder): _decode(entry, workers)
-    pixels = np.load(entry.folder / "pixels.npy", mmap_mode="c")  # writes stay in this process's memory
-    return ImageSet(torch.from_numpy(pixels), listing.labels)
+    return ImageSet(mapped(entry.folder / "pixels.npy"), listing.labels)
 
 # %% ../nbs/01_data.ipynb #d644843d
 def load_folder_data(
