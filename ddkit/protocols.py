@@ -693,16 +693,17 @@ def half_precision(
 
 
 def is_noisy(network: nn.Module) -> bool:
-    "Whether training it draws random numbers of its own."
-    return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in network.modules())
+    "Whether training it draws random numbers of its own: dropout, or stochastic depth (`drop_prob`, as the DropPath modules of transformers and timm call it)."
+    def draws(module): return module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", 0)
+    return any(draws(module) for module in network.modules())
 
 
 @contextmanager
 def noise(
-    generator: torch.Generator | None,  # where the dropout's seed of this step comes from; None: there is no dropout
+    generator: torch.Generator | None,  # where the dropout's seed of this step comes from; None: there is nothing to seed
     device: torch.device,
 ):
-    "Dropout knows torch's global generators only: seed them for one step, and leave them as they were."
+    "Dropout and stochastic depth know torch's global generators only: seed them for one step, and leave them as they were."
     if generator is None: yield; return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(torch.randint(2**31, (), generator=generator).item())

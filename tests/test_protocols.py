@@ -126,6 +126,18 @@ def test_dropout_has_random_numbers_of_its_own(few, data, monkeypatch):
     assert torch.equal(torch.get_rng_state(), other_state) and not torch.equal(before, other_state)
 
 
+@pytest.mark.parametrize("network", ["swint", "mobilenetv2"])  # stochastic depth; dropout
+def test_noisy_networks_repeat_and_leave_the_global_random_state_alone(network, few, data):
+    short = SMOKE.replace(epochs=1, evaluations=1)
+    first = evaluate(few, short, network, data=data)
+    torch.rand(7); before = torch.get_rng_state()
+    again, other = evaluate_together([few, few], short, network, "hard", (0, 1), data)
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.curve == again.curve and first.losses == again.losses != other.losses
+    assert all(torch.equal(a, b) for a, b in zip(first.network.state_dict().values(), again.network.state_dict().values()))
+    assert again.settings["together"] == 1
+
+
 def test_no_global_random_state_is_touched(few, data, teacher):
     before = torch.get_rng_state()
     for name in ("soft", "hard-ims3", "hard-d3hr"): evaluate(few, SMOKE, "convnet6", name, data=data, teacher=teacher)
