@@ -432,8 +432,14 @@ def protocol(
     source: str,  # where the values come from
     learning_rates: dict[str, float] = {},  # by network, where they differ
 ) -> Callable:
-    "Register a function (profile, ipc, classes) → `Training` as a protocol."
-    def register(values): PROTOCOLS[name] = Protocol(name, about, source, values, dict(learning_rates)); return values
+    "Register a function (profile, ipc, classes) → `Training` as a protocol. Raises `ValueError` for a name that another function has; the same function may be defined again."
+    def register(values):
+        before = PROTOCOLS.get(name)
+        if before and (before.values.__module__, before.values.__qualname__) != (values.__module__, values.__qualname__):
+            raise ValueError(f"a protocol named {name!r} exists already; register yours under another name")
+        PROTOCOLS[name] = Protocol(name, about, source, values, dict(learning_rates))
+        return values
+
     return register
 
 
@@ -924,9 +930,10 @@ TEACHER_PROTOCOL = "hard-batchnorm"  # how the kit trains teachers
 def needs_teacher(
     profile: Profile,
     protocol: str,  # one of `protocol_names()`
+    network: str = "resnet18",  # one of `network_names()`: a profile may change the labels of a single one
 ) -> bool:
     "Whether a protocol asks a teacher for its labels."
-    return training_values(profile, protocol, ipc=1, classes=10).labels != "hard"
+    return training_values(profile, protocol, ipc=1, classes=10, network=network).labels != "hard"
 
 
 def imagenet_rows(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ddkit import protocols
 from ddkit.data import ImageSet, RealData, load_digits_data
 from ddkit.networks import create_network
-from ddkit.profiles import load_profile
+from ddkit.profiles import Training, load_profile
 from ddkit.protocols import (evaluate, evaluate_together, get_protocol, imagenet_rows, load_teacher, make_batch, needs_teacher, protocol_names, stream, teacher_loss, train_networks,
                              train_on_real, training_values)
 
@@ -42,11 +42,31 @@ def test_every_protocol_runs_and_says_what_ran(name, few, data, teacher):
     assert ("teacher" in scores.settings) == needs_teacher(SMOKE, name) == name.startswith("soft")
 
 
-@pytest.mark.parametrize("name", protocol_names())
+MINIMAX, RDED = ("crop", "flip", "color", "lighting", "cutmix"), ("shuffle", "crop", "flip", "cutmix")
+COLUMNS = ("epochs", "batch_size", "learning_rate", "weight_decay", "optimizer", "schedule", "labels", "temperature", "norm", "tested", "test_view", "crop_scale", "augmentations")
+RELEASED = {  # ten classes with ten images each, ResNet-18
+    "hard":            (2000, 64, 0.01, 5e-4, "sgd", "steps", "hard", 1, "instance", "throughout", "whole", 0.5, MINIMAX),
+    "hard-batchnorm":  (2000, 64, 0.01, 5e-4, "sgd", "steps", "hard", 1, "batch", "throughout", "whole", 0.5, MINIMAX),
+    "hard-plain":      (2000, 64, 0.01, 5e-4, "sgd", "steps", "hard", 1, "instance", "throughout", "whole", 0.5, ()),
+    "hard-igd":        (2000, 64, 0.001, 0.01, "adamw", "steps", "hard", 1, "instance", "throughout", "whole", 0.5, MINIMAX),
+    "hard-d3hr":       (2000, 50, 0.001, 0.01, "adamw", "half-cosine", "hard", 1, "batch", "last-hundred", "centre", 0.08, ("crop", "flip", "mixup")),
+    "hard-ims3":       (2000, 64, 0.1, 5e-4, "sgd", "steps", "hard", 1, "instance", "throughout", "whole", 0.5, ("crop", "flip", "randaugment", "color", "lighting", "cutmix")),
+    "hard-ims3-paper": (300, 64, 0.1, 5e-4, "sgd", "cosine", "hard", 1, "instance", "throughout", "whole", 0.5, ("crop", "flip", "randaugment", "color", "lighting", "cutmix")),
+    "soft":            (300, 50, 0.001, 0.01, "adamw", "half-cosine", "soft", 20, "batch", "last-fifth", "centre", 0.5, RDED),
+    "soft-plain":      (300, 50, 0.001, 0.01, "adamw", "half-cosine", "soft", 20, "batch", "last-fifth", "centre", 0.5, ()),
+    "soft-sre2l":      (300, 100, 0.001, 0.01, "adamw", "cosine", "stored", 20, "batch", "throughout", "centre", 0.08, ("crop", "flip", "cutmix")),  # batch 1,024, and there are 100 images
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
 def test_released_values_on_the_papers_profile(name):
     values = training_values(WOOF, name, 10, 10)
-    assert values == get_protocol(name).values(WOOF, 10, 10)  # nothing is changed there
+    assert {column: getattr(values, column) for column in COLUMNS} == dict(zip(COLUMNS, RELEASED[name]))
     protocols.check_steps(WOOF, values)
+
+
+def test_every_protocol_of_the_kit_has_a_row():
+    assert set(RELEASED) == {name for name in protocol_names() if get_protocol(name).values.__module__ == "ddkit.protocols"}
 
 
 def test_bytes_on_the_host_give_the_same_run(few, data, teacher, monkeypatch):
@@ -159,6 +179,19 @@ def test_a_teacher_for_exactly_the_classes_stays_as_it_is(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_all_of_imagenet_keeps_its_order():
-    names = [f"n{i:08d}" for i in range(1000)]
-    assert imagenet_rows(load_profile("imagenet1k"), RealData(None, None, names, names)) == list(range(1000))
+def test_rows_of_imagenet_keep_the_order_of_the_data(data):
+    names = ["dingo", "beagle"]
+    assert imagenet_rows(RealData(None, None, names, names, imagenet=(273, 162))) == [273, 162]
+    with pytest.raises(ValueError, match="the 10 classes of the data are not ImageNet's"): imagenet_rows(data)
+
+
+def mine(profile, ipc, classes): return Training(1, 1, 0.1, 0.0)
+
+
+def test_a_taken_name_of_a_protocol_is_refused(monkeypatch):
+    monkeypatch.setattr(protocols, "PROTOCOLS", dict(protocols.PROTOCOLS))
+    hard = get_protocol("hard")
+    with pytest.raises(ValueError, match="a protocol named 'hard' exists already; register yours under another name"): protocols.protocol("hard", "", "")(mine)
+    assert get_protocol("hard") is hard
+    for about in ("first", "again"): protocols.protocol("mine", about, "")(mine)  # as when a cell is run twice
+    assert get_protocol("mine").about == "again"
