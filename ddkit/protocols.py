@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'LUMINANCE', 'BRIGHTNESS', 'CONTRAST', 'SATURATION', 'COLOR_
            'epochs_for', 'evaluation_epochs', 'released_optimizer', 'Protocol', 'protocol', 'protocol_names',
            'get_protocol', 'training_values', 'Resident', 'fits', 'Batch', 'make_batch', 'label_loss', 'teacher_loss',
            'make_optimizer', 'make_schedule', 'Epoch', 'half_precision', 'is_noisy', 'noise', 'Together', 'stream',
-           'train_networks', 'ask', 'count_hits', 'Scores', 'memory_format', 'evaluate', 'evaluate_together',
+           'train_networks', 'ask', 'count_hits', 'Scores', 'memory_format', 'Teacher', 'evaluate', 'evaluate_together',
            'needs_teacher', 'imagenet_rows', 'load_teacher', 'Classifier', 'real_epochs', 'train_on_real',
            'load_classifier', 'load_judge', 'training_checkpoints']
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .data import RealData, class_lists, load_data, to_pixels
-from .networks import create_network, load_torchvision, network_names
+from .networks import _read_weights, create_network, load_torchvision, network_names
 from .profiles import Profile, Training, nearest_name, torch_device
 
 # %% ../nbs/09_protocols.ipynb #59edfffb
@@ -852,6 +853,21 @@ def _student(name: str, classes: int, profile: Profile, seed: int, device: torch
     return network
 
 # %% ../nbs/09_protocols.ipynb #46caf1e8
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    "A network that gives soft labels, and what is known about it."
+    network: nn.Module  # in eval mode, frozen, on the profile's device
+    origin: str  # "trained on the real training set", the name of a file, or "given"
+    accuracy: float  # on the real test set, in percent, as `hard-batchnorm` tests
+
+    @cached_property
+    def digest(self) -> str:
+        "Of the names and values of all its tensors."
+        weights = hashlib.sha256()
+        for name, value in self.network.state_dict().items(): weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return weights.hexdigest()[:16]
+
+# %% ../nbs/09_protocols.ipynb #e1f04e67
 def evaluate(
     distilled,  # anything with .images (N×C×H×W in [−1, 1]) and .labels (N): a DistilledSet, an ImageSet, …
     profile: Profile,
@@ -860,7 +876,7 @@ def evaluate(
     seed: int = 0,  # initial weights, order and augmentations
     data: RealData | None = None,  # None: `load_data(profile)`
     epochs: int | None = None,  # None: the protocol's
-    teacher: nn.Module | dict[str, torch.Tensor] | None = None,  # for soft labels: ready, or its weights; None: `load_teacher(profile, data)`
+    teacher: Teacher | nn.Module | dict[str, torch.Tensor] | None = None,  # for soft labels: from `load_teacher`, a network of yours, or weights of the profile's teacher network; None: `load_teacher(profile, data)`
 ) -> Scores:
     """Train `network` on a distilled set and test it on the real test set.
 
@@ -876,33 +892,33 @@ def evaluate_together(
     protocol: str = "hard",  # one of `protocol_names()`
     seeds: list[int] | tuple[int, ...] = (0,),
     data: RealData | None = None,  # None: `load_data(profile)`
-    teacher: nn.Module | dict[str, torch.Tensor] | None = None,  # as in `evaluate`
+    teacher: Teacher | nn.Module | dict[str, torch.Tensor] | None = None,  # as in `evaluate`
     epochs: int | None = None,  # None: the protocol's
 ) -> list[Scores]:
-    """`evaluate` of every set with its seed, trained in one pass over the device: the same scores up to rounding. Networks with dropout are trained one after another; `settings["together"]` says so.
+    """`evaluate` of every set with its seed, trained in one pass over the device: the same scores up to rounding. Networks with dropout or stochastic depth are trained one after another; `settings["together"]` says so.
 
     Raises `ValueError` as `evaluate` does, and for sets of different sizes."""
     if network not in network_names(): nearest_name("network", network, network_names())
     get_protocol(protocol)
     if len(sets) != len(seeds) or not sets: raise ValueError(f"{len(sets)} sets and {len(seeds)} seeds: each set needs one seed")
     data, device = load_data(profile) if data is None else data, torch_device(profile)
-    classes = len(data.classes)
+    classes, sizes = len(data.classes), [len(source.labels) for source in sets]
+    if len(set(sizes)) > 1: raise ValueError(f"sets of {', '.join(map(str, sizes))} images cannot be trained together; evaluate them one by one")
+    if len(sets) > 1 and is_noisy(_create(network, classes, profile, seeds[0], torch.device("cpu"))):
+        if needs_teacher(profile, protocol, network): teacher = _ready_teacher(teacher, profile, data)  # once for all
+        return [evaluate(source, profile, network, protocol, seed, data, epochs, teacher) for source, seed in zip(sets, seeds)]
     residents = [_prepare(source, "the distilled set", profile, classes, device) for source in sets]
-    if len({len(images) for images in residents}) > 1: raise ValueError(f"sets of {', '.join(str(len(images)) for images in residents)} images cannot be trained together; evaluate them one by one")
     training = training_values(profile, protocol, residents[0].ipc, classes, network)
     if epochs is not None: training = replace(training, epochs=epochs)
     if training.epochs < 1: raise ValueError(f"epochs = {training.epochs} must be at least 1")
     check_steps(profile, training)
     tests = _prepare(data.test, "the test set", profile, classes, device, training.test_view)
-    known = {}
-    if training.labels != "hard":
-        teacher, known["teacher"] = _ready_teacher(teacher, profile, data, tests)
+    teacher = None if training.labels == "hard" else _ready_teacher(teacher, profile, data)
 
     nets = [_student(network, classes, profile, seed, device, training) for seed in seeds]
-    if len(nets) > 1 and is_noisy(nets[0]): return [evaluate(source, profile, network, protocol, seed, data, epochs, teacher) for source, seed in zip(sets, seeds)]
     when, hits, losses = evaluation_epochs(training.epochs, training.evaluations, training.tested), [], []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
-        for epoch in train_networks(nets, residents, training, profile, list(seeds), teacher):
+        for epoch in train_networks(nets, residents, training, profile, list(seeds), teacher and teacher.network):
             if epoch.number not in when: continue
             if not torch.isfinite(epoch.losses).all():
                 raise ValueError(f"training {network} diverged: the loss is {epoch.losses.max().item()} after epoch {epoch.number} of {training.epochs}; "
@@ -910,7 +926,8 @@ def evaluate_together(
             losses.append(epoch.losses)
             hits.append(torch.stack([count_hits(net, tests, profile, classes) for net in nets]))
     settings = {"protocol": protocol, "source": get_protocol(protocol).source, "network": network, "width": profile.network_width, "classes": classes, "images": len(residents[0]), "size": profile.eval_size}
-    settings |= asdict(training) | {"augmentations": list(training.augmentations), "steps": training.epochs * math.ceil(len(residents[0]) / training.batch_size), "normalization": profile.normalization} | known
+    settings |= asdict(training) | {"augmentations": list(training.augmentations), "steps": training.epochs * math.ceil(len(residents[0]) / training.batch_size), "normalization": profile.normalization}
+    if teacher: settings["teacher"] = {"network": profile.teacher_network, "origin": teacher.origin, "digest": teacher.digest, "accuracy": teacher.accuracy}
     settings |= {"precision": profile.precision, "memory_format": memory_format(profile, device), "together": len(nets), "resident": {"train": residents[0].where, "test": tests.where}}
     hits, losses, totals = torch.stack(hits, 1).cpu(), torch.stack(losses, 1).tolist(), torch.bincount(tests.labels, minlength=classes).cpu()
     return [_scores(h, totals, when, net.eval(), settings | {"seed": seed}, loss) for h, net, seed, loss in zip(hits, nets, seeds, losses)]
@@ -944,59 +961,60 @@ def imagenet_rows(
     return list(data.imagenet)
 
 
-def _shapes(tree: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    "Names and shapes of all tensors in a checkpoint, which may hold the weights among other things."
-    for name, value in tree.items():
-        if isinstance(value, dict): yield from _shapes(value)
-        elif isinstance(value, torch.Tensor): yield name.removeprefix("module."), tuple(value.shape)
-
-
 def _classes_of_file(path: str) -> int:
     "How many classes the weights in a file tell apart: the length of their last bias."
-    if str(path).endswith(".safetensors"):
-        from safetensors import safe_open
-        with safe_open(path, "pt") as file: shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    else: shapes = dict(_shapes(torch.load(path, map_location="meta", weights_only=True)))
-    last = [shape[0] for name, shape in shapes.items() if name.split(".")[0] in ("fc", "classifier", "head", "heads") and name.endswith("bias")]
+    last = [value for name, value in _read_weights(Path(path)).items() if name.split(".")[0] in ("fc", "classifier", "head", "heads") and name.endswith("bias")]
     if not last: raise ValueError(f"{path} has no last layer named fc or classifier: weights with torchvision's names are expected")
-    return last[-1]
+    return last[-1].numel()
 
 
 def load_teacher(
     profile: Profile,
     data: RealData,
     state: dict[str, torch.Tensor] | None = None,  # weights of the profile's teacher network, as the kit trained them
-) -> nn.Module:  # in eval mode, frozen, on the profile's device
-    """The teacher of soft labels: from `state`, else from the profile's file, else trained on the real training set (`hard-batchnorm`, seed 0).
+    accuracy: float | None = None,  # in percent, where it is known; None: measured on the real test set
+) -> Teacher:
+    """The teacher of soft labels: from `state`, else from the profile's file, else trained on the real training set (`hard-batchnorm`, seed 0). Keep it for all evaluations: its accuracy is measured here, once.
 
     Raises `FileNotFoundError` for a file that is missing, `ValueError` for weights that don't fit, and for a file with a profile whose images are not normalised as ImageNet's are."""
-    classes, device = len(data.classes), torch_device(profile)
+    classes, origin = len(data.classes), "trained on the real training set"
     if state is not None:
-        network = _create(profile.teacher_network, classes, profile, 0, device, "batch")
+        network = _create(profile.teacher_network, classes, profile, 0, torch_device(profile), "batch")
         try: network.load_state_dict(state)
         except RuntimeError as error: raise ValueError(f"the weights do not fit the teacher {profile.teacher_network} for {classes} classes under profile {profile.name!r}: {' '.join(str(error).split())[:200]}") from None
     elif profile.teacher:
         if profile.normalization != "imagenet": raise ValueError(f"teacher {profile.teacher} expects ImageNet's normalisation, and profile {profile.name!r} has normalization = {profile.normalization}; leave teacher empty to train one")
         if not Path(profile.teacher).is_file(): raise FileNotFoundError(f"no teacher weights {profile.teacher}; set teacher in settings.ini, or leave it empty to train one on the real training set")
-        known = _classes_of_file(profile.teacher)
+        known, origin = _classes_of_file(profile.teacher), Path(profile.teacher).name
         network = load_torchvision(profile.teacher_network, profile.teacher, known, None if known == classes else imagenet_rows(data))
     else: network = train_on_real(profile, profile.teacher_network, data=data, protocol=TEACHER_PROTOCOL)
-    return network.to(device).eval().requires_grad_(False)
+    return _known_teacher(network, origin, profile, data, accuracy)
 
 # %% ../nbs/09_protocols.ipynb #af5dd25e
-def _ready_teacher(teacher, profile: Profile, data: RealData, tests: Resident) -> tuple[nn.Module, dict]:
-    "The teacher as a network, and what there is to say about it."
-    origin = "given" if teacher is not None else Path(profile.teacher).name if profile.teacher else "trained on the real training set"
-    if not isinstance(teacher, nn.Module): teacher = load_teacher(profile, data, teacher)
-    teacher = teacher.to(tests.labels.device).eval().requires_grad_(False)
-    classes = len(data.classes)
-    first, _ = next(tests.batches([torch.arange(1)]))
-    with torch.no_grad(): told = teacher(normalize(first / 255, profile.normalization)).shape[1]
+def _known_teacher(network: nn.Module, origin: str, profile: Profile, data: RealData, accuracy: float | None = None) -> Teacher:
+    "A network as a teacher: frozen, checked, and its accuracy measured if nobody knows it."
+    device, classes = torch_device(profile), len(data.classes)
+    network = network.to(device).eval().requires_grad_(False)
+    _check_classes(network, profile, classes)
+    if accuracy is None:
+        tests = _prepare(data.test, "the test set", profile, classes, device, training_values(profile, TEACHER_PROTOCOL, 1, classes).test_view)
+        accuracy = 100 * count_hits(network, tests, profile, classes).sum().item() / len(tests)
+    return Teacher(network, origin, accuracy)
+
+
+def _check_classes(network: nn.Module, profile: Profile, classes: int) -> None:
+    with torch.no_grad(): told = network(torch.zeros(1, profile.channels, profile.eval_size, profile.eval_size, device=torch_device(profile))).shape[1]
     if told != classes: raise ValueError(f"the teacher tells {told} classes apart, and the data has {classes}")
-    weights = hashlib.sha256()
-    for name, value in teacher.state_dict().items(): weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    accuracy = 100 * count_hits(teacher, tests, profile, classes).sum().item() / len(tests)
-    return teacher, {"network": profile.teacher_network, "origin": origin, "digest": weights.hexdigest()[:16], "accuracy": accuracy}
+
+
+def _ready_teacher(teacher, profile: Profile, data: RealData) -> Teacher:
+    "What `evaluate` takes as a teacher, as one that fits the data."
+    if isinstance(teacher, nn.Module): return _known_teacher(teacher, "given", profile, data)
+    if isinstance(teacher, dict): return replace(load_teacher(profile, data, teacher), origin="given")
+    if teacher is None: return load_teacher(profile, data)
+    teacher.network.to(torch_device(profile))
+    _check_classes(teacher.network, profile, len(data.classes))
+    return teacher
 
 # %% ../nbs/09_protocols.ipynb #dfd94ed6
 class Classifier:

@@ -11,8 +11,8 @@ from ddkit import protocols
 from ddkit.data import ImageSet, RealData, load_digits_data
 from ddkit.networks import create_network
 from ddkit.profiles import Training, load_profile
-from ddkit.protocols import (evaluate, evaluate_together, get_protocol, imagenet_rows, load_teacher, make_batch, needs_teacher, protocol_names, stream, teacher_loss, train_networks,
-                             train_on_real, training_values)
+from ddkit.protocols import (Teacher, evaluate, evaluate_together, get_protocol, imagenet_rows, load_teacher, make_batch, needs_teacher, protocol_names, real_epochs, stream, teacher_loss,
+                             train_networks, train_on_real, training_values)
 
 torch.set_num_threads(1)
 SMOKE, DIGITS, WOOF = load_profile("smoke"), load_profile("digits"), load_profile("imagewoof")
@@ -170,13 +170,68 @@ def test_memory_format_changes_the_layout_only(few, data):
     np.testing.assert_allclose([l for _, l in plain.losses], [l for _, l in last.losses], atol=1e-2)
 
 
-def test_a_teacher_for_exactly_the_classes_stays_as_it_is(tmp_path):
+@pytest.fixture
+def three():
+    pictures = ImageSet(torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), torch.arange(3))
+    return RealData(pictures, pictures, ["a", "b", "c"], ["a", "b", "c"])
+
+
+def test_a_teacher_for_exactly_the_classes_stays_as_it_is(tmp_path, three):
     whole = create_network("resnet18", 3, norm="batch").eval()
     torch.save(whole.state_dict(), tmp_path / "three.pth")
-    loaded = load_teacher(WOOF.replace(teacher=str(tmp_path / "three.pth")), RealData(None, None, ["a", "b", "c"], ["a", "b", "c"]))
+    loaded = load_teacher(WOOF.replace(teacher=str(tmp_path / "three.pth")), three)
     picture = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): torch.testing.assert_close(loaded(picture), whole(picture))
-    assert not any(p.requires_grad for p in loaded.parameters())
+    with torch.no_grad(): torch.testing.assert_close(loaded.network(picture), whole(picture))
+    assert not any(p.requires_grad for p in loaded.network.parameters())
+    assert loaded.origin == "three.pth" and loaded.accuracy in (0, 100 / 3, 200 / 3, 100)
+
+
+def test_a_wrapped_checkpoint_gives_the_same_teacher(tmp_path, three):
+    weights = create_network("resnet18", 3, norm="batch").state_dict()
+    torch.save(weights, tmp_path / "bare.pth")
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "wrapped.pth")
+    bare, wrapped = (load_teacher(WOOF.replace(teacher=str(tmp_path / name)), three, accuracy=0.0) for name in ("bare.pth", "wrapped.pth"))
+    assert bare.digest == wrapped.digest
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("list.pth", [1, 2], "holds no state dict"), ("garbage.pth", b"garbage", "is no readable file of weights"), ("garbage.safetensors", b"garbage", "is no readable safetensors file"),
+    ("empty.pth", b"", "is no readable file of weights"), ("other.pth", {"encoder.bias": torch.zeros(3)}, "has no last layer named fc or classifier")])
+def test_damaged_teachers_get_one_line(name, content, message, tmp_path, three):
+    if isinstance(content, bytes): (tmp_path / name).write_bytes(content)
+    else: torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} {message}") as caught: load_teacher(WOOF.replace(teacher=str(tmp_path / name)), three)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_known_about_a_teacher_travels_with_it(few, data, teacher, monkeypatch):
+    trained = load_teacher(SMOKE, data)
+    training = evaluate(data.train, SMOKE, "resnet18", "hard-batchnorm", 0, data, real_epochs(SMOKE, data))
+    assert trained.accuracy == training.last and trained.origin == "trained on the real training set"
+    asked, count = [], protocols.count_hits
+    monkeypatch.setattr(protocols, "count_hits", lambda network, *args: asked.append(network) or count(network, *args))
+    short = SMOKE.replace(**{"soft.epochs": 1})
+    def said(given): return evaluate(few, short, "convnet6", "soft", data=data, teacher=given).settings["teacher"]
+    told = load_teacher(SMOKE, data, trained.network.state_dict(), accuracy=12.5)
+    assert said(trained) == {"network": "resnet18", "origin": trained.origin, "digest": trained.digest, "accuracy": trained.accuracy}
+    assert said(told) == said(trained) | {"accuracy": 12.5}
+    assert trained.network not in asked and told.network not in asked  # only students are tested
+    assert said(trained.network) == said(trained.network.state_dict()) == said(trained) | {"origin": "given"}
+
+
+def test_noisy_networks_share_one_teacher_and_prepare_each_set_once(few, data, monkeypatch):
+    loaded, prepared, load, prepare = [], [], protocols.load_teacher, protocols._prepare
+    monkeypatch.setattr(protocols, "load_teacher", lambda *args: loaded.append(args) or load(*args))
+    monkeypatch.setattr(protocols, "_prepare", lambda source, *args: prepared.append(source) or prepare(source, *args))
+    others = ImageSet(few.pixels.flip(3), few.labels)
+    scores = evaluate_together([few, others], SMOKE.replace(full_epochs=1, **{"soft.epochs": 1}), "mobilenetv2", "soft", (0, 1), data)
+    assert len(loaded) == 1 and scores[0].settings["teacher"] == scores[1].settings["teacher"]
+    assert sum(source is few for source in prepared) == sum(source is others for source in prepared) == 1
+
+
+def test_a_teacher_for_other_classes_is_refused(few, data):
+    other = Teacher(create_network("resnet18", 7, 16, 1, 1 / 8, norm="batch").eval(), "given", 0.0)
+    with pytest.raises(ValueError, match="the teacher tells 7 classes apart, and the data has 10"): evaluate(few, SMOKE, "convnet6", "soft", data=data, teacher=other)
 
 
 def test_rows_of_imagenet_keep_the_order_of_the_data(data):
