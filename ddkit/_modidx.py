@@ -553,6 +553,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ddkit.metrics._root': ('metrics.html#_root', 'ddkit/metrics.py'),
                                'ddkit.metrics._strata': ('metrics.html#_strata', 'ddkit/metrics.py'),
                                'ddkit.metrics._subsample': ('metrics.html#_subsample', 'ddkit/metrics.py'),
+                               'ddkit.metrics._subsamples': ('metrics.html#_subsamples', 'ddkit/metrics.py'),
+                               'ddkit.metrics._weighted': ('metrics.html#_weighted', 'ddkit/metrics.py'),
                                'ddkit.metrics.augmentation_robust_score': ('metrics.html#augmentation_robust_score', 'ddkit/metrics.py'),
                                'ddkit.metrics.class_means': ('metrics.html#class_means', 'ddkit/metrics.py'),
                                'ddkit.metrics.coverage': ('metrics.html#coverage', 'ddkit/metrics.py'),

@@ -31,7 +31,7 @@ from torch import nn
 from .backbones import Backbone
 from .finetuning import _gaussian_kl, forward_noise, variational_bound
 from .guidance import kernel_distance_gradient
-from .profiles import nearest_name
+from .profiles import FEATURES as CELL_FEATURES, nearest_name
 from .sampling import NoiseStreams, Step, index_in_class, uniform_draw
 
 # %% ../nbs/11_metrics.ipynb #73595f36
@@ -96,7 +96,7 @@ def _centre(points: torch.Tensor) -> torch.Tensor: return points.mean(0, dtype=t
 
 # %% ../nbs/11_metrics.ipynb #efaaa683
 INPUTS = ("real", "synthetic", "real_labels", "synthetic_labels")
-FEATURES = ("judge", "inception", "denoiser", "tsne")  # a classifier's; FID's Inception-v3; a block of the generator; `tsne_embedding` of the judge's
+FEATURES = (*CELL_FEATURES, "tsne")  # those that a profile may name: a classifier's, FID's Inception-v3, a block of the generator; and the places in a map of `tsne_embedding`
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,12 @@ def _subsample(points: torch.Tensor, at_most: int, generator: torch.Generator) -
     if len(points) <= at_most: return points
     return points[torch.randperm(len(points), generator=generator)[:at_most].to(points.device)]
 
+
+def _subsamples(real: torch.Tensor, synthetic: torch.Tensor, at_most: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Rows of both sets, at most so many of each."
+    generator = torch.Generator().manual_seed(seed)
+    return _subsample(real, at_most, generator), _subsample(synthetic, at_most, generator)
+
 # %% ../nbs/11_metrics.ipynb #3768b7a9
 def _rbf_sum(a: torch.Tensor, b: torch.Tensor, gamma: float) -> float:
     "Sum of k(aᵢ, bⱼ) over all pairs."
@@ -208,9 +214,8 @@ def mmd_squared(
 ) -> float:
     "Unbiased MMD² with an RBF kernel, −1 … 2, lower is better; may be negative (Gretton et al. 2012, Eq. 3). Quadratic in `max_points`."
     real, synthetic = _pair(real, synthetic, least=2)
-    origin, generator = _centre(real), torch.Generator().manual_seed(seed)
-    # distances don't depend on the origin; a near one keeps ‖a‖² + ‖b‖² − 2ab from cancelling
-    real, synthetic = _subsample(real, max_points, generator) - origin, _subsample(synthetic, max_points, generator) - origin
+    origin = _centre(real)  # distances don't depend on the origin; a near one keeps ‖a‖² + ‖b‖² − 2ab from cancelling
+    real, synthetic = (points - origin for points in _subsamples(real, synthetic, max_points, seed))
     gamma = median_gamma(torch.cat([real, synthetic]), seed=seed) if gamma is None else gamma
     n, m = len(real), len(synthetic)
     return ((_rbf_sum(real, real, gamma) - n) / (n * (n - 1)) + (_rbf_sum(synthetic, synthetic, gamma) - m) / (m * (m - 1))
@@ -469,9 +474,9 @@ def _ball_counts(
     return torch.cat(inside), around
 
 
-def _real_balls(real: torch.Tensor, synthetic: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "`_ball_counts` of the real balls and the synthetic images."
-    real, synthetic = _pair(real, synthetic)
+def _real_balls(real: torch.Tensor, synthetic: torch.Tensor, neighbours: int, max_points: int, seed: int) -> tuple[torch.Tensor, ...]:
+    "`_ball_counts` of the real balls and the synthetic images, of at most `max_points` each."
+    real, synthetic = _subsamples(*_pair(real, synthetic), max_points, seed)
     return _ball_counts(real, neighbour_radii(real, neighbours), synthetic)
 
 # %% ../nbs/11_metrics.ipynb #02688050
@@ -480,9 +485,11 @@ def precision(
     real: torch.Tensor,  # N×D features, N > neighbours
     synthetic: torch.Tensor,  # M×D features
     neighbours: int = 5,
+    max_points: int = 10_000,  # a larger set, real or synthetic, is represented by a seeded draw of this many
+    seed: int = 0,  # of the draws
 ) -> float:
-    "Share of synthetic images within the real support, 0 … 1, higher is better (Kynkäänniemi et al. 2019, Eq. 2). Quadratic in N."
-    return float((_real_balls(real, synthetic, neighbours)[1] > 0).double().mean())
+    "Share of synthetic images within the real support, 0 … 1, higher is better (Kynkäänniemi et al. 2019, Eq. 2). Quadratic in N, up to `max_points`; numbers compare under the same `max_points` only."
+    return float((_real_balls(real, synthetic, neighbours, max_points, seed)[1] > 0).double().mean())
 
 
 @register_metric("higher", "Recall")
@@ -490,9 +497,11 @@ def recall(
     real: torch.Tensor,  # N×D features
     synthetic: torch.Tensor,  # M×D features, M > neighbours
     neighbours: int = 5,
+    max_points: int = 10_000,  # as in `precision`, like the seed
+    seed: int = 0,
 ) -> float:
-    "Share of real images within the synthetic support, 0 … 1, higher is better (Kynkäänniemi et al. 2019, Eq. 2). Quadratic in M."
-    return precision(synthetic, real, neighbours)
+    "Share of real images within the synthetic support, 0 … 1, higher is better (Kynkäänniemi et al. 2019, Eq. 2). Quadratic in M, up to `max_points`."
+    return precision(synthetic, real, neighbours, max_points, seed)
 
 
 @register_metric("higher", "Density")
@@ -500,9 +509,11 @@ def density(
     real: torch.Tensor,  # N×D features, N > neighbours
     synthetic: torch.Tensor,  # M×D features
     neighbours: int = 5,
+    max_points: int = 10_000,  # as in `precision`, like the seed
+    seed: int = 0,
 ) -> float:
-    "Mean number of real balls around a synthetic image, in units of k, 0 or more, about 1 for real images, higher is better (Naeem et al. 2020, Eq. 4). Quadratic in N."
-    return float(_real_balls(real, synthetic, neighbours)[1].double().mean() / neighbours)
+    "Mean number of real balls around a synthetic image, in units of k, 0 or more, about 1 for real images, higher is better (Naeem et al. 2020, Eq. 4). Quadratic in N, up to `max_points`."
+    return float(_real_balls(real, synthetic, neighbours, max_points, seed)[1].double().mean() / neighbours)
 
 
 @register_metric("higher", "Coverage")
@@ -510,9 +521,11 @@ def coverage(
     real: torch.Tensor,  # N×D features, N > neighbours
     synthetic: torch.Tensor,  # M×D features
     neighbours: int = 5,
+    max_points: int = 10_000,  # as in `precision`, like the seed
+    seed: int = 0,
 ) -> float:
-    "Share of real images with a synthetic one in their ball, 0 … 1, higher is better (Naeem et al. 2020, Eq. 5). Quadratic in N."
-    return float((_real_balls(real, synthetic, neighbours)[0] > 0).double().mean())
+    "Share of real images with a synthetic one in their ball, 0 … 1, higher is better (Naeem et al. 2020, Eq. 5). Quadratic in N, up to `max_points`."
+    return float((_real_balls(real, synthetic, neighbours, max_points, seed)[0] > 0).double().mean())
 
 # %% ../nbs/11_metrics.ipynb #1e192160
 def tsne_embedding(
@@ -839,9 +852,14 @@ def improvement_over_random(
     return ours - theirs
 
 # %% ../nbs/11_metrics.ipynb #181e7590
-def _ranking_score(gain: np.ndarray, weight: float) -> np.ndarray:
-    "DD-Ranking's scale: percentage points −100, 0, 100 → 0, 26.9, 100."
+def _weighted(weight: float, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    "weight · first + (1 − weight) · second; `ValueError` for a weight outside 0 to 1."
     if not 0 <= weight <= 1: raise ValueError(f"weight {weight} must lie between 0 and 1")
+    return weight * first + (1 - weight) * second
+
+
+def _ranking_score(gain: np.ndarray) -> np.ndarray:
+    "DD-Ranking's scale: percentage points −100, 0, 100 → 0, 26.9, 100."
     return 100 * (np.exp(gain / 100) - np.exp(-1)) / (np.exp(1) - np.exp(-1))
 
 # %% ../nbs/11_metrics.ipynb #fa753037
@@ -853,8 +871,7 @@ def label_robust_score(
     weight: float = 0.5,  # w, of IOR; the rest is HLR's
 ) -> np.ndarray:  # percent, 0 to 100; higher is better
     "DD-Ranking's label-robust score (LRS). Raises `ValueError` for accuracies outside 0 to 100 or a weight outside 0 to 1."
-    gain = weight * improvement_over_random(distilled, random) - (1 - weight) * hard_label_recovery(real_hard, distilled_hard)
-    return _ranking_score(gain, weight)
+    return _ranking_score(_weighted(weight, improvement_over_random(distilled, random), -hard_label_recovery(real_hard, distilled_hard)))
 
 # %% ../nbs/11_metrics.ipynb #b6338e0e
 def augmentation_robust_score(
@@ -865,5 +882,4 @@ def augmentation_robust_score(
     weight: float = 0.5,  # γ, of the improvement with augmentation
 ) -> np.ndarray:  # percent, 0 to 100; higher is better
     "DD-Ranking's augmentation-robust score (ARS). Raises `ValueError` for accuracies outside 0 to 100 or a weight outside 0 to 1."
-    gain = weight * improvement_over_random(distilled, random) + (1 - weight) * improvement_over_random(distilled_plain, random_plain)
-    return _ranking_score(gain, weight)
+    return _ranking_score(_weighted(weight, improvement_over_random(distilled, random), improvement_over_random(distilled_plain, random_plain)))

@@ -96,6 +96,22 @@ def test_radii_are_computed_once_for_all_that_need_them(monkeypatch):
     assert metrics.coverage(real + 0.25, synthetic) != first[3] and counted == [150, 40, 150]
 
 
+def test_large_sets_are_represented_by_a_seeded_draw_that_the_four_share(monkeypatch):
+    real, synthetic, *_ = features(500, 90, 8)
+    counted, true = [], torch.Tensor.kthvalue
+    monkeypatch.setattr(torch.Tensor, "kthvalue", lambda self, *a, **k: counted.append(tuple(self.shape)) or true(self, *a, **k))
+    four = [metrics.precision, metrics.recall, metrics.density, metrics.coverage]
+    drawn = [f(real, synthetic, max_points=200) for f in four]
+    assert counted == [(200, 200), (90, 90)]  # no distances but those of the draw
+    rows = real[torch.randperm(500, generator=torch.Generator().manual_seed(0))[:200]]
+    by = by_others(rows.double().numpy(), synthetic.double().numpy(), np.arange(200) % 5, np.arange(90) % 5)["judge"]
+    assert drawn == pytest.approx([by[f.__name__] for f in four])
+    assert [f(real, synthetic, max_points=500) for f in four] == [f(real, synthetic) for f in four]
+    counted.clear()
+    metrics.recall(real, synthetic, max_points=50)
+    assert counted == [(50, 50)]  # the synthetic set's
+
+
 # --- FID's network ----------------------------------------------------------------------------------------------------
 
 
