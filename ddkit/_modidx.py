@@ -977,6 +977,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ddkit.runs._load_set': ('runs.html#_load_set', 'ddkit/runs.py'),
                             'ddkit.runs._load_value': ('runs.html#_load_value', 'ddkit/runs.py'),
                             'ddkit.runs._load_weights': ('runs.html#_load_weights', 'ddkit/runs.py'),
+                            'ddkit.runs._loaded_teacher': ('runs.html#_loaded_teacher', 'ddkit/runs.py'),
                             'ddkit.runs._names_sizes': ('runs.html#_names_sizes', 'ddkit/runs.py'),
                             'ddkit.runs._network_weights': ('runs.html#_network_weights', 'ddkit/runs.py'),
                             'ddkit.runs._options': ('runs.html#_options', 'ddkit/runs.py'),

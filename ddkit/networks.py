@@ -431,7 +431,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         try: return load_file(path)
         except SafetensorError as error: raise ValueError(f"{path} is no readable safetensors file: {error}") from None
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:  # what garbage makes of the unpickler
         raise ValueError(f"{path} is no readable file of weights: {' '.join(str(error).split())[:200]}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]

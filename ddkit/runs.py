@@ -749,11 +749,17 @@ def _score_values(scores) -> dict:
 
 
 def _soft_labels(cell: Cell, store: Store):
-    "The network that gives soft labels; None for a protocol with hard ones."
-    from ddkit.protocols import load_teacher, needs_teacher
-    if not needs_teacher(cell.profile, cell.protocol, cell.network): return None
-    state = next((_network_weights(store, up) for up in _teacher(cell)), None)
-    return load_teacher(cell.profile, _real_data(cell.profile), state)
+    "Who gives soft labels, and how good it is; None for a protocol with hard ones."
+    from ddkit.protocols import needs_teacher
+    return _loaded_teacher(cell.profile, next(iter(_teacher(cell)), None), store) if needs_teacher(cell.profile, cell.protocol, cell.network) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded_teacher(profile: Profile, trained: Cell | None, store: Store):
+    "Loaded once for all evaluations of a process: from its cell, which knows its accuracy, or from the profile's file."
+    from ddkit.protocols import load_teacher
+    if trained is None: return load_teacher(profile, _real_data(profile))
+    return load_teacher(profile, _real_data(profile), _network_weights(store, trained), accuracy=store.compute(trained).value["last"])
 
 # %% ../nbs/12_runs.ipynb #8ba40bfe
 def compute_features(cell: Cell, store: Store, folder: Path) -> dict:
