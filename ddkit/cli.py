@@ -143,6 +143,10 @@ def _columns(rows: list[tuple[str, ...]]) -> None:
     for row in rows: print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
 
 # %% ../nbs/15_cli.ipynb #346bdda8
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _check_data(p) -> str:
     from ddkit.data import survey
     return survey(p)
@@ -784,10 +788,6 @@ def reproduce(
 
 # %% ../nbs/15_cli.ipynb #06c288f3
 def _interrupt(*_): raise KeyboardInterrupt
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus(plan: Plan, count: int | None) -> list[str]:
