@@ -200,7 +200,8 @@ def load_dit_checkpoint(
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints carry their arguments
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error: raise ValueError(f"{path} is no readable checkpoint: {_one_line(error)}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError):  # what garbage makes of the unpickler
+        raise ValueError(f"{path} is no torch checkpoint ({path.stat().st_size:,} bytes): an incomplete download, a git-lfs pointer or a web page?") from None
     state = _unwrapped(checkpoint, path)
     model = DiT(**_dit_shape(state, heads))
     for i in {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\..*gamma", name)}: model.blocks[i].add_scales()

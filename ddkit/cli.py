@@ -183,7 +183,8 @@ def _classes_alone(p):
 
 
 def _check_inception(p) -> str:
-    from ddkit.metrics import inception_weights
+    from ddkit.metrics import inception_weights, load_inception
+    load_inception(p.inception)
     return inception_weights(p.inception).name
 
 
@@ -209,7 +210,7 @@ def check(
     chosen, missing = load_profile(profile), 0
     for name, look in _checks(chosen).items():
         try: print(f"{name:<12}{look()}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # what a run would stop with
             missing += 1
             print(f"{name:<12}MISSING  {error}")
     if missing: raise SystemExit(1)
@@ -255,7 +256,8 @@ def protocols(
     load_plugins(load_profile(profile))
     if not name: return _columns([("protocol", "what")] + [(p, get_protocol(p).about) for p in protocol_names()])
     chosen = load_profile(profile)
-    _show({key: _words(value) for key, value in vars(training_values(chosen, get_protocol(name).name, ipc, class_count(chosen))).items()})
+    print(f"{name}: {get_protocol(name).about}\nfrom {get_protocol(name).source}\nvalues on profile {chosen.name}, IPC {ipc} (the released ones are those of the ImageNet profiles: --profile imagewoof)")
+    _show({key: _words(value) for key, value in vars(training_values(chosen, name, ipc, class_count(chosen))).items()})
 
 
 @app.command()
@@ -308,8 +310,7 @@ def evaluate(
     "Train a network on a distilled set and test it on real images."
     store, chosen = _store(runs_), _profile(profile, set_)
     if _is_folder(what):
-        from ddkit.methods import load_distilled
-        scores = runs.evaluate_images(store, chosen, load_distilled(what), network, protocol, seed)
+        scores = runs.evaluate_images(store, chosen, _images_in(what, chosen), network, protocol, seed)
         best, last = scores.best, scores.last
     else:
         value = store.compute(runs.evaluate_cell(chosen, what, ipc, seed, network, protocol, **_method_options(option))).value
@@ -328,6 +329,14 @@ def _is_folder(what: str) -> bool:
     return False
 
 # %% ../nbs/15_cli.ipynb #65a8ce66
+def _images_in(folder: str, profile):
+    "A distilled set of the kit (with its checksums), or any folder of images with the dataset's class folders."
+    from ddkit.data import decoded, load_data, scan_split
+    from ddkit.methods import load_distilled
+    if (Path(folder) / "manifest.json").is_file(): return load_distilled(folder)
+    return decoded(scan_split(folder, load_data(profile).folders), profile.image_size, profile.channels, profile.cache or None)
+
+# %% ../nbs/15_cli.ipynb #a38958ce
 @app.command(epilog="Example: ddkit measure manifoldgd --ipc 10, or: ddkit measure my-images")
 def measure(
     what: Annotated[str, typer.Argument(metavar="DIR|METHOD", help="A folder with a distilled set, or a method.")],
@@ -341,8 +350,7 @@ def measure(
     "Compare a distilled set with the real training set: FID, MMD, diversity and the other metrics."
     store, chosen = _store(runs_), _profile(profile, set_)
     if _is_folder(what):
-        from ddkit.methods import load_distilled
-        distilled, values = load_distilled(what), {}
+        distilled, values = _images_in(what, chosen), {}
         for features in chosen.features: values |= runs.measure_images(store, chosen, distilled.images, distilled.labels, features)
     else: values = store.compute(runs.measure_cell(chosen, what, ipc, seed, **_method_options(option))).value
     _show({name: "- (too few images)" if value is None or value != value else f"{value:.4g}" for name, value in values.items()})

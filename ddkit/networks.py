@@ -431,8 +431,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         try: return load_file(path)
         except SafetensorError as error: raise ValueError(f"{path} is no readable safetensors file: {error}") from None
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:  # what garbage makes of the unpickler
-        raise ValueError(f"{path} is no readable file of weights: {' '.join(str(error).split())[:200]}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError):  # what garbage makes of the unpickler
+        raise ValueError(f"{path} is no torch checkpoint ({path.stat().st_size:,} bytes): an incomplete download, a git-lfs pointer or a web page?") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):

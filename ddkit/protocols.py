@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from .data import RealData, class_lists, load_data, to_pixels
 from .networks import _read_weights, create_network, load_torchvision, network_names
-from .profiles import Profile, Training, nearest_name, torch_device
+from .profiles import Profile, Training, check_training, nearest_name, torch_device
 
 # %% ../nbs/09_protocols.ipynb #59edfffb
 def central_square(
@@ -470,6 +470,8 @@ def training_values(
         if key.count(".") > 1 and key.split(".")[2] not in network_names(): nearest_name(f"network of {key}:", key.split(".")[2], network_names())
     released = get_protocol(protocol)
     values = released.values(profile, ipc, classes)
+    if not isinstance(values, Training): raise ValueError(f"protocol {protocol!r} should return a Training, not {type(values).__name__}")
+    check_training(values, f"protocol {protocol!r}")
     return replace(values, **({"learning_rate": released.learning_rates.get(network, values.learning_rate)} | _changes(profile, protocol, network)))
 
 
@@ -541,7 +543,7 @@ def _hard_ims3(profile: Profile, ipc: int, classes: int) -> Training:
                     augmentations=("crop", "flip", "randaugment", "color", "lighting", "cutmix"))
 
 
-@protocol("hard-ims3-paper", "the same for 300 epochs with a cosine", "IMS³, its text (Sec. 5.1), which says no learning rate; that and the rest from its script")
+@protocol("hard-ims3-paper", "hard-ims3 for 300 epochs with a cosine", "IMS³, its text (Sec. 5.1), which says no learning rate; that and the rest from its script")
 def _hard_ims3_paper(profile, ipc, classes): return replace(_hard_ims3(profile, ipc, classes), epochs=300, schedule="cosine")
 
 # %% ../nbs/09_protocols.ipynb #6300a19c

@@ -58,7 +58,7 @@ MISTAKES = {
     "distill random --profile smoke --ipc 1 --out {tmp}/full/file.txt": "exists",
     "evaluate manifold --profile smoke": "did you mean 'manifoldgd'?",
     "evaluate no/such/folder --profile smoke": "no folder no/such/folder",
-    "evaluate {tmp}/full --profile smoke": "is no distilled set",
+    "evaluate {tmp}/full --profile smoke": "has no class folders",
     "evaluate random --profile smoke --ipc 1 --network resnet81": "unknown network 'resnet81'; did you mean 'resnet18'?",
     "evaluate random --profile smoke --ipc 1 --protocol hrad": "did you mean 'hard'?",
     "measure randon --profile smoke": "did you mean 'random'?",
@@ -131,12 +131,16 @@ def test_distil_evaluate_measure_and_status(ddkit, tmp_path):
     assert by_name[0] == by_folder[0] == 0
     assert by_name[1].split(" on ")[1] == by_folder[1].split(" on ")[1]  # the same accuracies
 
+    (tmp_path / "two" / "manifest.json").rename(tmp_path / "manifest.json")  # anybody's images in the dataset's class folders
+    assert ddkit(f"evaluate {tmp_path / 'two'} --profile smoke --seed 1 --network convnet6")[1] == by_folder[1]
+    (tmp_path / "manifest.json").rename(tmp_path / "two" / "manifest.json")
+
     metrics = ddkit("measure random --profile smoke --ipc 2 --seed 1")
     assert metrics[0] == 0 and metrics[1] == ddkit(f"measure {tmp_path / 'two'} --profile smoke")[1]
     assert metrics[1].split()[::2] == ["l2_distance", "mmd", "frechet_distance", "representativeness", "diversity", "mmd_squared", "precision", "recall", "density", "coverage", "kernel_distance"]
 
     code, out, err = ddkit("status --profile smoke")
-    assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:8]] == [["encode", "0"], ["finetune", "0"], ["distill", "1"], ["features", "4"], ["evaluate", "2"], ["measure", "1"]]
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:8]] == [["encode", "1"], ["finetune", "0"], ["distill", "1"], ["features", "4"], ["evaluate", "2"], ["measure", "1"]]
     damaged = next((tmp_path / "runs" / "distill").glob("*/3/00000.png"))
     damaged.write_bytes(b"x")
     assert "damaged: distill random ipc 2 seed 1" in ddkit("status --profile smoke")[1]

@@ -25,6 +25,7 @@ steps = 2
 stop = 1
 epochs = 1
 full_epochs = 1
+features = judge
 
 [broken]
 inherits = tiny
@@ -96,7 +97,7 @@ def test_a_dry_run_changes_nothing(project):
     before = sorted(project.root.rglob("*"))
     code, out, err = project.reproduce("--profile", "tiny", "--dry-run")
     assert code == 0 and not err, err
-    assert "0 in runs, 22 to compute" in out and "manifoldgd/fig4: 10 cells to compute" in out and "Nothing was done" in out
+    assert "0 in runs, 33 to compute" in out and "manifoldgd/fig4: 10 cells to compute" in out and "Nothing was done" in out
     assert sorted(project.root.rglob("*")) == before
 
 
@@ -109,7 +110,7 @@ def test_a_killed_head_takes_everything_with_it(project):
     head.communicate()
     project.assert_nothing_runs()
     project.assert_all_intact()
-    assert 3 <= len(project.cells()) < 22
+    assert 3 <= len(project.cells()) < 33
 
 
 def test_ctrl_c_stops_in_order(project):
@@ -127,11 +128,11 @@ def test_the_next_call_goes_on_from_there(project):
     before = project.cells()
     code, out, err = project.reproduce("--profile", "tiny")
     assert code == 0, out + err
-    assert f"22 cells, {len(before)} in runs, {22 - len(before)} to compute" in out
+    assert f"33 cells, {len(before)} in runs, {33 - len(before)} to compute" in out
     after = project.cells()
-    assert len(after) == 22 and before.items() <= after.items()  # nothing was computed twice
+    assert len(after) == 33 and before.items() <= after.items()  # nothing was computed twice
     lines = [line for line in out.splitlines() if line.startswith("[")]
-    assert len(lines) == 23 - len(before) and lines[-1].startswith("[23/23] manifoldgd/fig4") and all("left)" in line for line in lines[:-1])
+    assert len(lines) == 34 - len(before) and lines[-1].startswith("[34/34] manifoldgd/fig4") and all("left)" in line for line in lines[:-1])
     assert "Done in" in out and "figures/tiny/manifoldgd/fig4 .pdf .svg .png" in out
     for ending in (".pdf", ".svg", ".png", ".json"): assert (project.root / f"figures/tiny/manifoldgd/fig4{ending}").stat().st_size > 0
     assert not list((project.runs / "tmp").iterdir())
@@ -144,7 +145,7 @@ def artefact_bytes(project):
 def test_then_there_is_nothing_to_do(project):
     plans, started = sorted((project.runs / "plans").iterdir()), time.monotonic()
     code, out, err = project.reproduce("--profile", "tiny")
-    assert code == 0 and out.startswith("Nothing to do: 1 artefact up to date, 22 cells in runs.") and "figures/tiny/manifoldgd/fig4 .pdf" in out and not err
+    assert code == 0 and out.startswith("Nothing to do: 1 artefact up to date, 33 cells in runs.") and "figures/tiny/manifoldgd/fig4 .pdf" in out and not err
     assert time.monotonic() - started < 15 and sorted((project.runs / "plans").iterdir()) == plans
 
 
@@ -166,14 +167,14 @@ def test_a_changed_artefact_is_made_again(project):
     (project.root / "figures/tiny/manifoldgd/fig4.png").write_bytes(b"painted over")
     (project.root / "figures/tiny/manifoldgd/fig4.svg").unlink()
     code, out, err = project.reproduce("--profile", "tiny")
-    assert code == 0 and "22 in runs, 0 to compute" in out, out + err
+    assert code == 0 and "33 in runs, 0 to compute" in out, out + err
     assert artefact_bytes(project) == figures
 
 
 def test_artefacts_without_a_store_do_not_count(project):
     """A fresh clone has the committed tables and figures, and no store."""
     code, out, err = project.reproduce("--profile", "tiny", "--dry-run", "--runs", str(project.root / "elsewhere"))
-    assert code == 0 and "1 to make" in out and "22 to compute" in out
+    assert code == 0 and "1 to make" in out and "33 to compute" in out
 
 
 def test_snakemake_by_hand(project):
@@ -181,18 +182,18 @@ def test_snakemake_by_hand(project):
     command = [Path(sys.executable).parent / "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2", "--keep-incomplete", "--config", "profile=tiny", "only=fig4"]
     done = subprocess.run(command, cwd=project.root, env=project.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(project.cells()) == 22
+    assert len(project.cells()) == 33
     assert project.reproduce("--profile", "tiny")[1].startswith("Nothing to do")
 
 
 def test_a_failing_cell_is_explained_and_the_rest_is_done(project):
     """A plugin's method takes part in every artefact; here it fails."""
     code, out, err = project.reproduce("--profile", "broken")
-    assert code == 1 and "26 cells, 22 in runs, 4 to compute" in out
+    assert code == 1 and "39 cells, 33 in runs, 6 to compute" in out
     assert "failed: distill broken ipc 1 seed 0: no ink left" in out and "RuntimeError: no ink left" in err
     log = next(line.removeprefix("--- ") for line in err.splitlines() if line.startswith("--- runs/plans"))
     assert "no ink left" in (project.root / log).read_text() and "goes on from there" in err
-    assert not (project.root / "figures/broken").exists() and len(project.cells()) == 22
+    assert not (project.root / "figures/broken").exists() and len(project.cells()) == 33
 
     project.rewrite_plugin("__import__('os').kill(__import__('os').getpid(), 9)")  # as the system does when memory runs out
     code, out, err = project.reproduce("--profile", "broken")
@@ -201,7 +202,7 @@ def test_a_failing_cell_is_explained_and_the_rest_is_done(project):
 
     project.rewrite_plugin("return workshop.choose('random')")
     code, out, err = project.reproduce("--profile", "broken")
-    assert code == 0 and len(project.cells()) == 26, out + err
+    assert code == 0 and len(project.cells()) == 39, out + err
     assert "broken" in (project.root / "figures/broken/manifoldgd/fig4.json").read_text()
 
 
@@ -211,9 +212,9 @@ def test_a_second_head_waits_for_the_first(project):
         head = project.start("--profile", "tiny")
         assert head.stdout.readline().startswith("another `ddkit reproduce` works on this store")
         time.sleep(0.5)
-        assert len(project.cells()) == 25
+        assert len(project.cells()) == 38
     out, err = head.communicate(timeout=200)
-    assert head.returncode == 0 and "21 in runs, 1 to compute" in out, out + err
+    assert head.returncode == 0 and "32 in runs, 1 to compute" in out, out + err
 
 
 def test_each_worker_gets_a_gpu_of_its_own(tmp_path, monkeypatch):
