@@ -195,8 +195,8 @@ def test_a_wrapped_checkpoint_gives_the_same_teacher(tmp_path, three):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("list.pth", [1, 2], "holds no state dict"), ("garbage.pth", b"garbage", "is no readable file of weights"), ("garbage.safetensors", b"garbage", "is no readable safetensors file"),
-    ("empty.pth", b"", "is no readable file of weights"), ("other.pth", {"encoder.bias": torch.zeros(3)}, "has no last layer named fc or classifier")])
+    ("list.pth", [1, 2], "holds no state dict"), ("garbage.pth", b"garbage", "is no torch checkpoint"), ("garbage.safetensors", b"garbage", "is no readable safetensors file"),
+    ("empty.pth", b"", "is no torch checkpoint"), ("other.pth", {"encoder.bias": torch.zeros(3)}, "has no last layer named fc or classifier")])
 def test_damaged_teachers_get_one_line(name, content, message, tmp_path, three):
     if isinstance(content, bytes): (tmp_path / name).write_bytes(content)
     else: torch.save(content, tmp_path / name)
