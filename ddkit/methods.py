@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Weights', 'Recipe', 'READS', 'WITHOUT_LATENTS', 'REFERENCES', 'DistilledSet', 'save_distilled', 'load_distilled',
-           'Workshop', 'encode_training_set', 'Plan', 'as_plan', 'sample_plan', 'generate', 'Method', 'register',
-           'method_names', 'get_method', 'register_sum', 'part_options', 'recipe_options', 'preparation_inputs',
-           'Preparation', 'preparation', 'preparation_options', 'check_preparation', 'prepare', 'teacher', 'random',
-           'herding', 'k_center', 'kmeans_closest', 'mode_guidance', 'manifold_guidance', 'dit', 'mgd3', 'manifoldgd',
-           'manifoldgd_released', 'dap', 'finetune_minimax', 'minimax', 'finetune_difffit', 'difffit', 'finetune_im',
-           'finetune_im_fresh', 'finetune_im_released', 'im', 'im_fresh', 'im_released', 'extractor',
-           'teacher_features', 'latent_features', 'candidate_features', 'real_features', 's3', 'd4m', 'inversion',
-           'd3hr', 'cao2', 'surrogate', 'igd', 'distill', 'load_plugins']
+           'Workshop', 'encode_training_set', 'Plan', 'as_plan', 'sample_plan', 'sampling_steps', 'generate', 'Method',
+           'register', 'method_names', 'get_method', 'register_sum', 'part_options', 'recipe_options',
+           'preparation_inputs', 'Preparation', 'preparation', 'preparation_options', 'check_preparation', 'prepare',
+           'teacher', 'random', 'herding', 'k_center', 'kmeans_closest', 'mode_guidance', 'manifold_guidance', 'dit',
+           'mgd3', 'manifoldgd', 'manifoldgd_released', 'mgd3_scripts', 'dap', 'finetune_minimax', 'minimax',
+           'finetune_difffit', 'difffit', 'finetune_im', 'finetune_im_fresh', 'finetune_im_released', 'im', 'im_fresh',
+           'im_released', 'extractor', 'teacher_features', 'latent_features', 'candidate_features', 'real_features',
+           's3', 'd4m', 'inversion', 'd3hr', 'cao2', 'surrogate', 'igd', 'distill', 'load_plugins']
 
 # %% ../nbs/10_methods.ipynb #6e7ce911
 import hashlib
@@ -41,7 +41,7 @@ from .guidance import Guidance, InfluenceGuidance, ManifoldGuidance, ModeGuidanc
 from .modes import discover_modes, random_order
 from .profiles import KIT, Profile, find_settings, nearest_name
 from .protocols import SURROGATE_EPOCHS, Classifier, half_precision, load_classifier, load_judge, train_on_real, training_checkpoints
-from .sampling import final, invert, noised, sample_all, strength_index
+from .sampling import Step, final, invert, noised, sample, sample_all, strength_index
 from .selection import confident_candidates, match_distribution, select, select_subgroups, unit_centroid
 
 # %% ../nbs/10_methods.ipynb #ce4c1386
@@ -269,11 +269,16 @@ def sample_plan(
     rows = labels * workshop.ipc + indices % workshop.ipc  # the image of the set that a candidate may become
     guidance = plan.guidance if plan.candidates == 1 or plan.guidance is None else rows_of(plan.guidance, rows)
     with half_precision(p, backbone.device):
-        latents = sample_all(
-            backbone, backbone.model_labels(labels), indices=indices, batch_size=_whole_classes(p.batch_size, count), shape=backbone.latent_shape,
-            sampler=plan.sampler or p.sampler, steps=p.steps, cfg_scale=p.cfg_scale, cfg_channels=plan.cfg_channels or p.cfg_channels, variance=p.variance,
-            guidance=guidance, seed=workshop.seed, **_started(plan, guidance, rows, indices))
+        latents = sample_all(backbone, backbone.model_labels(labels), indices=indices, batch_size=_whole_classes(p.batch_size, count), guidance=guidance,
+                             **_sampler_options(workshop, plan), **_started(plan, guidance, rows, indices))
     return latents.float()
+
+
+def _sampler_options(workshop: Workshop, plan: Plan) -> dict:
+    "What the profile and the plan say of the sampler."
+    p = workshop.profile
+    return {"shape": workshop.backbone.latent_shape, "sampler": plan.sampler or p.sampler, "steps": p.steps, "cfg_scale": p.cfg_scale,
+            "cfg_channels": plan.cfg_channels or p.cfg_channels, "variance": p.variance, "seed": workshop.seed}
 
 
 def _whole_classes(batch_size: int, count: int) -> int:
@@ -289,6 +294,20 @@ def _started(plan: Plan, guidance, rows: torch.Tensor, indices: torch.Tensor) ->
     if hasattr(guidance, "acts_at") and not any(map(guidance.acts_at, range(plan.start_index + 1))):
         raise ValueError(f"the sampling starts at step {plan.start_index}, where the guidance has stopped already; lower its stop step, or start earlier")
     return {"x_start": plan.start(rows, indices), "start_index": plan.start_index}
+
+
+def sampling_steps(
+    workshop: Workshop,
+    plan: Plan | Guidance | None,  # what a recipe returns; None: plain sampling
+    rows: torch.Tensor,  # images of the set to watch, as they stand in workshop.labels
+) -> Iterator[Step]:
+    "The sampler's own steps for some images of a set: the last one is what `generate` decodes, where a plan has neither candidates nor refinement. `ValueError` for a plan that has candidates, or whose images depend on those before them."
+    plan, rows = as_plan(plan), torch.as_tensor(rows)
+    if plan.candidates > 1 or getattr(plan.guidance, "ordered", False): raise ValueError("the steps of this plan belong to all of its images together; watch a plan without candidates, whose images do not depend on each other")
+    indices, guidance = rows % workshop.ipc, rows_of(plan.guidance, rows) if plan.guidance else None
+    with half_precision(workshop.profile, workshop.backbone.device):
+        yield from sample(workshop.backbone, workshop.backbone.model_labels(workshop.labels[rows]), indices=indices, guidance=guidance,
+                          **_sampler_options(workshop, plan), **_started(plan, guidance, rows, indices))
 
 
 def generate(
@@ -594,6 +613,12 @@ def manifoldgd(workshop: Workshop, modes: str = "divisive-levelwise") -> Guidanc
 @register("manifoldgd-released", reads=("guidance",))
 def manifoldgd_released(workshop: Workshop, modes: str = "divisive-levelwise-released") -> Guidance:
     "ManifoldGD as its released code runs: leaves of a tree grown to IPC leaves, a synthetic neighbourhood, a pull to the tangent plane."
+    return _manifold(workshop, modes, "released")
+
+
+@register("mgd3-scripts", reads=("guidance",))
+def mgd3_scripts(workshop: Workshop, modes: str = "kmeans") -> Guidance:
+    "What ManifoldGD's released scripts run under the name MGD: k-means modes, but the released manifold term stays on at its default scale."
     return _manifold(workshop, modes, "released")
 
 # %% ../nbs/10_methods.ipynb #08499bc6

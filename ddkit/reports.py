@@ -48,6 +48,7 @@ METHOD_STYLE = {
     "kmeans-closest": MethodStyle("k-means closest", "#009E73", "^", ":"),
     "dit": MethodStyle("DiT", "#E69F00", "v", "--"),
     "mgd3": MethodStyle("MGD³", "#0072B2", "X", "--"),
+    "mgd3-scripts": MethodStyle("MGD³ (as scripted)", "#44AA99", "D", "--"),
     "manifoldgd": MethodStyle("ManifoldGD", "#D55E00", "P", "-"),
     "manifoldgd-released": MethodStyle("ManifoldGD (released)", "#882255", "*", "-"),
     "full": MethodStyle("Full", "#000000", "", "-."),
@@ -58,7 +59,7 @@ METHOD_LABELS = {
     "random": "Random", "herding": "Herding", "k-center": "K-Center", "kmeans-closest": "k-means closest",
     "dc": "DC", "dm": "DM", "mtt": "MTT", "idc-1": "IDC-1", "glad": "GLaD", "h-glad": "H-GLaD", "ld3m": "LD3M", "sre2l": "SRe²L", "g-vbsm": "G-VBSM", "rded": "RDED",
     "d4m": "D4M", "li2025": "Li et al.", "minimax": "Minimax", "vlcp": "VLCP", "d3hr": "D3HR", "cao2": "CaO²", "igd": "IGD",
-    "ldm": "LDM", "stable-diffusion": "Stable Diffusion", "dit": "DiT", "mgd3": "MGD³", "manifoldgd": "ManifoldGD", "manifoldgd-paper": "ManifoldGD (paper)",
+    "ldm": "LDM", "stable-diffusion": "Stable Diffusion", "dit": "DiT", "mgd3": "MGD³", "mgd3-scripts": "MGD³ (as scripted)", "manifoldgd": "ManifoldGD", "manifoldgd-paper": "ManifoldGD (paper)",
     "manifoldgd-released": "ManifoldGD (released)", "dap": "DAP", "im": "IM", "difffit": "DiT (fine-tuned)", "im-fresh": "IM (fresh noise)", "im-released": "IM (released)", "s3": "S³", "ims3": "IMS³",
     "ims3-released": "IMS³ (released)", "full": "Full",
 }
