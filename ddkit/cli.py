@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Callable, Optional
@@ -237,10 +238,19 @@ def _show_method(method) -> None:
 
 # %% ../nbs/15_cli.ipynb #3f63b4d5
 @app.command()
-def networks() -> None:
-    "List the evaluation networks."
-    from ddkit.networks import network_names
-    for name in network_names(): print(name)
+def networks(
+    profile: ProfileOption = "digits",
+) -> None:
+    "List the evaluation networks, and how many parameters they have on a profile."
+    import torch
+    from ddkit.data import class_count
+    from ddkit.networks import create_network, network_names
+    from ddkit.reports import label
+    p = load_profile(profile)
+    def parameters(name):
+        with torch.device("meta"): network = create_network(name, class_count(p), p.eval_size, p.channels, p.network_width)
+        return f"{sum(w.numel() for w in network.parameters()):,}"
+    _columns([("network", "what", "parameters")] + [(name, label("network", name), parameters(name)) for name in network_names()])
 
 
 @app.command(epilog="Example: ddkit protocols soft")
@@ -841,9 +851,23 @@ def _count(things, name: str) -> str: return f"{len(things)} {name}{'s' * (len(t
 def _announce(plan: Plan, store: Store, workers: int) -> None:
     print(f"{_count(plan.artefacts, 'artefact')} on profile {plan.profile}, {len(plan.stale)} to make: {' '.join(plan.stale)}")
     print(f"{_count(plan.cells, 'cell')}, {len(plan.cells) - len(plan.todo)} in {_short(store.root)}, {len(plan.todo)} to compute")
-    guessed = bool(plan.todo) and all(runs.estimate(c, plan.seconds) == runs.rough_seconds(c) for c in plan.todo)
+    if len(plan.artefacts) > 1: print(_shared(plan))
     seconds = sum(runs.estimate(c, plan.seconds) for c in plan.todo) + NOTEBOOK_SECONDS * len(plan.stale)
-    print(f"about {duration(1.2 * seconds / workers)} with {workers} process{'es' * (workers != 1)}{' (a guess: nothing like it is in the store yet)' * guessed}", flush=True)
+    print(f"about {duration(1.2 * seconds / workers)} with {workers} process{'es' * (workers != 1)}{_grounds(plan)}", flush=True)
+
+
+def _shared(plan: Plan) -> str:
+    "What tables and figures save by sharing cells."
+    askers = Counter(cell for cells in plan.needs.values() for cell in cells)
+    return f"the artefacts ask for {len(askers)} of them, {sum(n > 1 for n in askers.values())} more than once; each computing its own, it would be {askers.total()}"
+
+
+def _grounds(plan: Plan) -> str:
+    "What an estimate of the time rests on."
+    guessed = sum(runs.estimate(c, plan.seconds) == runs.rough_seconds(c) for c in plan.todo)
+    if not plan.todo: return ""
+    if guessed == len(plan.todo): return " (a guess: nothing like it is in the store yet)"
+    return " (from the times of cells like them in the store)" if not guessed else f" (from the times of cells like them in the store; {guessed} guessed)"
 
 
 def _list_work(plan: Plan, store: Store, workers: int) -> None:

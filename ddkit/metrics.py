@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INPUTS', 'FEATURES', 'INCEPTION_FILE', 'INCEPTION_ADDRESS', 'FEATURE_NOISE', 'BOUND_NOISE', 'BOUND_STEPS', 'TooFew',
            'Metric', 'register_metric', 'metric_names', 'get_metric', 'l2_distance', 'median_gamma', 'mmd_squared',
-           'mmd', 'frechet_distance', 'tensorflow_resize', 'FIDInception', 'inception_weights', 'load_inception',
+           'mmd', 'frechet_distance', 'tensorflow_resize', 'FIDInception', 'inception_weights', 'load_inception', 'fid',
            'inception_features', 'representativeness', 'diversity', 'neighbour_radii', 'precision', 'recall', 'density',
            'coverage', 'tsne_embedding', 'nearest_of_class', 'nearest_real_distance', 'tsne_diversity',
            'tsne_representativeness', 'class_means', 'kernel_energy', 'kernel_distance', 'denoiser_features',
@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import math
+import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -121,10 +122,12 @@ class Metric:
         real_labels: torch.Tensor | None = None,  # N
         synthetic_labels: torch.Tensor | None = None,  # M
     ) -> float:
-        "Value of the metric; passes on only what the function names. `ValueError` for an input that is missing."
+        "Value of the metric; passes on only what the function names. `ValueError` for an input that is missing, and for a function that returns no number."
         given = {k: v for k, v in zip(INPUTS, (real, synthetic, real_labels, synthetic_labels)) if v is not None}
         if missing := [k for k in INPUTS if k in self.inputs - given.keys()]: raise ValueError(f"metric {self.name!r} needs {' and '.join(missing)}")
-        return float(self.function(**{k: v for k, v in given.items() if k in inspect.signature(self.function).parameters}))
+        value = self.function(**{k: v for k, v in given.items() if k in inspect.signature(self.function).parameters})
+        if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0: return float(value)
+        raise ValueError(f"metric {self.name!r} returned {type(value).__name__}{tuple(getattr(value, 'shape', ())) or ''}; a metric returns one number")
 
 
 _METRICS: dict[str, Metric] = {}
@@ -384,7 +387,13 @@ def load_inception(
     return network
 
 # %% ../nbs/11_metrics.ipynb #180e3696
-register_metric("lower", "FID", "fid", features="inception")(frechet_distance)
+@register_metric("lower", "FID", features="inception")
+def fid(
+    real: torch.Tensor,  # N×2048, N ≥ 2
+    synthetic: torch.Tensor,  # M×2048, M ≥ 2
+) -> float:
+    "FID: the Fréchet distance in the features of FID's own Inception network, 0 or more, lower is better (Heusel et al. 2017)."
+    return frechet_distance(real, synthetic)
 
 
 @torch.no_grad()
