@@ -17,7 +17,7 @@ reproduce: $(READY)
 
 test: $(READY)
 	$(BIN)/nbdev-test --n-workers 2 nbs
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

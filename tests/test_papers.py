@@ -1,5 +1,7 @@
 """Every paper notebook, and the training notebook, executed by papermill on the smoke profile."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,20 @@ def test_notebook_writes_every_format(regenerated, artefact):
     for path in outputs(artefact, "smoke"):
         assert (ROOT / path).stat().st_size > 0, path
         assert str(path) in regenerated or str(path.parent) in regenerated
+
+
+@pytest.mark.parametrize("artefact", select(), ids=lambda a: a.name)
+def test_captions_say_what_ran(regenerated, artefact):
+    for path in outputs(artefact, "smoke"):
+        if path.suffix != ".json": continue
+        caption = json.loads((ROOT / path).read_text(encoding="utf-8"))["caption"]
+        assert "smoke" in caption and re.search(r"[Ss]eed", caption), caption
+
+
+@pytest.mark.parametrize("artefact", select(), ids=lambda a: a.name)
+def test_figures_embed_their_fonts(regenerated, artefact):
+    for path in outputs(artefact, "smoke"):
+        if path.suffix == ".pdf": assert b"/Type3" not in (ROOT / path).read_bytes(), f"{path}: journals refuse Type 3 fonts"
 
 
 @pytest.mark.parametrize("artefact", select(), ids=lambda a: a.name)
