@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_STYLE', 'METHOD_LABELS', 'LABELS', 'TITLES', 'UNRANKED', 'FIELDS', 'COLUMN_WIDTH', 'TEXT_WIDTH', 'MethodStyle',
            'method_label', 'method_styles', 'label', 'summarise', 'rank_marks', 'paired', 'verdict', 'latex_escape',
-           'Entry', 'Table', 'results_table', 'spread_note', 'artefact_label', 'save_table', 'read_provenance',
-           'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy', 'image_grid', 'save_figure']
+           'Entry', 'Table', 'results_table', 'spread_note', 'with_profiles', 'artefact_label', 'save_table',
+           'read_provenance', 'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy', 'image_grid',
+           'save_figure']
 
 # %% ../nbs/13_reports.ipynb #28e2d5a7
 import hashlib
@@ -48,7 +49,7 @@ METHOD_STYLE = {
     "kmeans-closest": MethodStyle("k-means closest", "#009E73", "^", ":"),
     "dit": MethodStyle("DiT", "#E69F00", "v", "--"),
     "mgd3": MethodStyle("MGD³", "#0072B2", "X", "--"),
-    "mgd3-scripts": MethodStyle("MGD³ (as scripted)", "#44AA99", "D", "--"),
+    "mgd3-scripts": MethodStyle("MGD³ (as scripted)", "#332288", "<", "--"),
     "manifoldgd": MethodStyle("ManifoldGD", "#D55E00", "P", "-"),
     "manifoldgd-released": MethodStyle("ManifoldGD (released)", "#882255", "*", "-"),
     "full": MethodStyle("Full", "#000000", "", "-."),
@@ -71,8 +72,8 @@ def method_label(
     "A method as tables and legends show it; what is not known stays as it is."
     return METHOD_LABELS.get(method) or " + ".join(METHOD_LABELS.get(part, part) for part in method.split(" + "))
 
-_FREE_COLORS = ("#332288", "#44AA99", "#999933", "#AA4499", "#661100", "#6699CC", "#117733", "#DDAA33")
-_FREE_MARKERS = ("<", ">", "p", "h", "d", "8", "H", ".")
+_FREE_COLORS = ("#44AA99", "#999933", "#AA4499", "#661100", "#6699CC", "#117733", "#DDAA33")
+_FREE_MARKERS = (">", "p", "h", "d", "8", "H", ".")
 
 
 def method_styles(
@@ -81,7 +82,7 @@ def method_styles(
     "The fixed style of known methods; for others the free colours and markers, given out in alphabetical order."
     methods = list(dict.fromkeys(methods))
     others = sorted(m for m in methods if m not in METHOD_STYLE)
-    free = {m: MethodStyle(method_label(m), _FREE_COLORS[i % 8], _FREE_MARKERS[(i + i // 8) % 8], "--") for i, m in enumerate(others)}
+    free = {m: MethodStyle(method_label(m), _FREE_COLORS[i % 7], _FREE_MARKERS[(i + i // 7) % 7], "--") for i, m in enumerate(others)}
     return {m: METHOD_STYLE.get(m) or free[m] for m in methods}
 
 # %% ../nbs/13_reports.ipynb #7f5176d2
@@ -667,6 +668,16 @@ def _publish(
     return paths
 
 
+def with_profiles(
+    caption: str,  # plain text
+    provenance: Mapping,
+) -> str:
+    "The caption, and the names of the profiles where the provenance has them: a reader must know whether a number is from the digits or from ImageNet."
+    found = _as_json(provenance).get("profiles") or {}
+    names = list(dict.fromkeys((profile or {}).get("name", role) for role, profile in found.items()))
+    return f"{caption} Profile{'s' * (len(names) > 1)} {', '.join(names)}." if names else caption
+
+
 def artefact_label(
     stem: str | Path,  # tables/digits/manifoldgd/table1
     prefix: str,  # "tab" or "fig"
@@ -679,10 +690,10 @@ def save_table(
     table: Table,
     stem: str | Path,  # path without ending: tables/digits/manifoldgd/table1
     provenance: Mapping,  # plain values: cell keys, profile, seeds, versions, commit, device
-    caption: str,  # plain text; the table's notes are appended
+    caption: str,  # plain text; the table's notes and the profile are appended
 ) -> list[Path]:
     "Write `<stem>.csv`, `.tex`, `.md` and `.json`; the paths. The same inputs give the same bytes."
-    caption = " ".join([caption, *table.notes])
+    caption = with_profiles(" ".join([caption, *table.notes]), provenance)
     line = _MARKER + _one_line(provenance)
     name = Path(stem).name
     needs = r"\usepackage{booktabs}" + (r" \usepackage{graphicx}" if _fit(table)[2] else "")
@@ -838,10 +849,10 @@ def save_figure(
     fig,  # matplotlib figure, drawn inside `figure_style`
     stem: str | Path,  # path without ending: figures/digits/manifoldgd/fig4
     provenance: Mapping,  # plain values: cell keys, profile, seeds, versions, commit, device
-    caption: str,  # plain text; say profile, n and seeds (`spread_note`)
+    caption: str,  # plain text; say n and seeds (`spread_note`); the profile is appended
 ) -> list[Path]:
     "Write `<stem>.pdf`, `.svg`, `.png`, `.caption.tex`, `.caption.md` and `.json`; the paths. The same inputs give the same bytes."
-    line, name = _one_line(provenance), Path(stem).name
+    caption, line, name = with_profiles(caption, provenance), _one_line(provenance), Path(stem).name
     metadata = {
         "pdf": {"Title": artefact_label(stem, "fig"), "Subject": caption, "Keywords": _MARKER + line, "Creator": "ddkit", "CreationDate": None},
         "svg": {"Title": artefact_label(stem, "fig"), "Description": _MARKER + line, "Creator": "ddkit", "Date": None},
