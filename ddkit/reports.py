@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_STYLE', 'METHOD_LABELS', 'LABELS', 'TITLES', 'UNRANKED', 'FIELDS', 'COLUMN_WIDTH', 'TEXT_WIDTH', 'MethodStyle',
            'method_label', 'method_styles', 'label', 'summarise', 'rank_marks', 'paired', 'verdict', 'latex_escape',
-           'Entry', 'Table', 'results_table', 'spread_note', 'with_profiles', 'artefact_label', 'save_table',
-           'read_provenance', 'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy', 'image_grid',
-           'save_figure']
+           'Entry', 'Table', 'results_table', 'spread_note', 'packages', 'with_profiles', 'artefact_label',
+           'save_table', 'read_provenance', 'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy',
+           'image_grid', 'save_figure']
 
 # %% ../nbs/13_reports.ipynb #28e2d5a7
 import hashlib
@@ -16,11 +16,12 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from io import BytesIO
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -281,13 +282,12 @@ class Entry:
     signed: bool = False  # differences carry their sign
     remark: str = ""
 
-    def text(self, format: str = "plain", digits: tuple[int, int] = (1, 1)) -> str:
-        "The entry in one of the formats; LaTeX pads mean and std with invisible zeros to so many digits before the point."
+    def text(self, format: str = "plain") -> str:
+        "The entry in one of the formats."
         markup = _FORMATS[format]
         number = _number(self.mean, self.decimals, markup.minus, self.signed)
         parts = [getattr(markup, self.mark).format(number) if self.mark else number]
         if math.isfinite(self.std): parts.append(markup.plus_minus + _number(self.std, self.decimals, markup.minus))
-        if format == "latex" and not self.signed: parts = [r"\phantom{0}" * max(0, want - have) + part for part, want, have in zip(parts, digits, self.digits)]
         return "".join(parts) + (" " + markup.escape(self.remark) if self.remark else "")
 
     @property
@@ -327,10 +327,10 @@ class Table:
         titled = lambda f, v: f"{self.title(f)} " if isinstance(v, (int, float)) else ""
         return [titled(f, v) + label(f, v, self.labels) for f, v in zip(self.columns, key)]
 
-    def entry(self, row: tuple, column: tuple, format: str = "plain", digits: tuple[int, int] = (1, 1)) -> str:
+    def entry(self, row: tuple, column: tuple, format: str = "plain") -> str:
         "What stands at a place, in one of the formats; a dash where nothing does."
         found = self.entries.get((row, column))
-        return found.text(format, digits) if found else _FORMATS[format].missing
+        return found.text(format) if found else _FORMATS[format].missing
 
     def __repr__(self) -> str: return self.to_markdown()
 
@@ -403,6 +403,8 @@ def results_table(
     for pair in differences: orders[contenders[0]][pair] = len(orders[contenders[0]])  # below (or right of) the methods
     keys = [sorted({pair[i] for pair in entries}, key=lambda k: [orders[f][v] for f, v in zip(axis, k)]) for i, axis in enumerate((rows, columns))]
     notes = _notes(cells, differences, contenders, reported is not None, comparable, labels)
+    if reported is not None and (lost := _unknown(reported)):
+        notes += (f"The text of the paper does not say for which {_list([{**TITLES, **titles}[f].lower() if f != 'ipc' else 'IPC' for f in lost])}.",)
     return Table(cells, rows, columns, notes, entries, tuple(keys[0]), tuple(keys[1]), labels, titles)
 
 # %% ../nbs/13_reports.ipynb #a95585d8
@@ -420,15 +422,27 @@ def _one_per_place(cells: pd.DataFrame, places: Sequence[str], name: str):
     if len(twice): raise ValueError(f"{name}: several cells fall on {_described(twice.iloc[0], places)}; {_lost_dimension(twice, [*places, 'mean', 'n', 'seeds', 'values'])}")
 
 
+def _unknown(reported: pd.DataFrame) -> list[str]:
+    "Fields that are blank in all of the paper's numbers: its text has lost them."
+    stated = reported.dropna(subset=["mean"])
+    return [f for f in FIELDS if f in stated and len(stated) and stated[f].isna().all()]
+
+
 def _beside(cells, reported, places, fields, contenders, direction, decimals, comparable) -> pd.DataFrame:
     "Ours and the paper's in one frame, one row for each cell that either has."
     _need(reported, [*places, "mean"], "the reported numbers")
     keys = [f for f in fields if f in reported]
     theirs = reported.assign(std=reported["std"] if "std" in reported else math.nan).dropna(subset=["mean"])
+    unknown = [f for f in _unknown(reported) if f in keys and f not in places]
+    if comparable: keys = [f for f in keys if f not in unknown]
     theirs = _spread_full(theirs[[*keys, "mean", "std"]], keys).drop_duplicates()
+    for f in places:
+        if blank := int(theirs[f].isna().sum()): raise ValueError(f"{blank} of {len(theirs)} reported numbers have no {f!r}, which the table shows: fill it, drop those rows, or leave {f!r} out of rows and columns")
     _one_per_place(theirs, places, "the reported numbers")
     theirs["mark"] = rank_marks(theirs, places, contenders, direction, decimals)
-    both = cells.merge(theirs.rename(columns={c: f"reported_{c}" for c in ("mean", "std", "mark")}), on=keys, how="outer")
+    theirs = theirs.rename(columns={c: f"reported_{c}" for c in ("mean", "std", "mark")})
+    kinds = {f: object for f in unknown if f in keys}  # blank, a column of names is one of floats to pandas
+    both = cells.astype(kinds).merge(theirs.astype(kinds), on=keys, how="outer")
     both = both.astype({"n": "Int64"}).fillna({"mark": "", "reported_mark": ""})
     if not comparable: return both
     return both.assign(difference=both["mean"] - both["reported_mean"],
@@ -510,7 +524,7 @@ def _notes(cells, differences, contenders, reported, comparable, labels) -> tupl
     if reported and not comparable:
         names = lambda column: [label("dataset", v, labels) for v in _ordered("dataset", cells.loc[cells[column].notna(), "dataset"].dropna(), {})] if "dataset" in cells else []
         ours, theirs = names("mean"), names("reported_mean")
-        where = f"on {_list(theirs)}; ours are on {_list(ours)}" if set(ours) != set(theirs) else "in the paper's setting; ours are from another one"
+        where = f"on {_list(theirs)}; ours are on {_list(ours)}" if theirs and set(ours) != set(theirs) else "in the paper's setting; ours are from another one"
         notes.append(f"Paper: as reported, {where}. The two do not compare, so no verdict is drawn.")
     return tuple(notes)
 
@@ -560,17 +574,71 @@ def to_html(self: Table) -> str:
     return "\n".join([*lines, "</tbody>", "</table>"])
 
 # %% ../nbs/13_reports.ipynb #ce46f829
+def _after(entry: Entry, spread: int) -> str:
+    "What follows a mean: ± and the standard deviation, padded to `spread` digits before the point, then the remark."
+    padded = r"\phantom{0}" * (spread - entry.digits[1])
+    std = rf"\,$\pm$\,{padded}{_number(entry.std, entry.decimals, '')}" if math.isfinite(entry.std) else ""
+    return std + ("~" + latex_escape(entry.remark) if entry.remark else "")
+
+
+@dataclass(frozen=True)
+class _Room:
+    "What a LaTeX column of numbers leaves room for."
+
+    sign: str  # "+" where a number shows its plus, "-" where only a minus occurs
+    whole: int  # digits before the point
+    decimals: int
+    spread: int  # digits before the point of the standard deviations
+    after: str  # the widest text that follows a mean
+    width: int  # of it all, in characters
+
+    @property
+    def layout(self) -> str:
+        post = rf",table-space-text-post={{{self.after}}}" if self.after else ""
+        return f"S[table-format={self.sign}{self.whole}{f'.{self.decimals}' if self.decimals else ''}{post}]"
+
+
+def _room(entries: Sequence[Entry]) -> _Room:
+    whole, spread = (max(digits) for digits in zip(*(e.digits for e in entries)))
+    numbers = [_number(e.mean, e.decimals, "-", e.signed) for e in entries]
+    sign, decimals = next((s for s in "+-" if any(n.startswith(s) for n in numbers)), ""), max(e.decimals for e in entries)
+    behind = lambda e: (spread + e.decimals + 4 if math.isfinite(e.std) else 0) + (1 + len(e.remark) + ("≈" in e.remark) if e.remark else 0)  # of the verdicts, ≈ is wider than the arrows
+    widest = max(entries, key=behind)
+    return _Room(sign, whole, decimals, spread, _after(widest, spread), len(sign) + whole + 1 + decimals + behind(widest))
+
+
+def _place(entry: Entry | None, room: _Room) -> str:
+    "What stands in a place of an S column."
+    if entry is None: return "{---}"
+    if not math.isfinite(entry.mean): return f"{{{entry.text('latex')}}}"
+    number, after = _number(entry.mean, entry.decimals, "-", entry.signed), _after(entry, room.spread)
+    if entry.mark == "best": return rf"\bfseries {number}" + (rf" {{\mdseries{after}}}" if after else "")
+    if entry.mark != "second": return number + (f" {{{after}}}" if after else "")
+    left = r"\phantom{$-$}" * bool(room.sign and number[0] not in "+-") + r"\phantom{0}" * (room.whole - entry.digits[0])
+    right = r"\phantom{.}" * bool(room.decimals and not entry.decimals) + r"\phantom{0}" * (room.decimals - entry.decimals)
+    return f"{{{left}\\underline{{{number.replace('-', '$-$')}}}{right}" + (after if after == room.after or not room.after else rf"\rlap{{{after}}}\phantom{{{room.after}}}") + "}"
+
+# %% ../nbs/13_reports.ipynb #128358a4
 COLUMN_WIDTH, TEXT_WIDTH = 3.25, 6.75  # inches: one column, and both, of a two-column paper
 
 _SIZES = (  # width, points a character takes (measured on Computer Modern), command
-    (COLUMN_WIDTH, 4.15, r"\small"), (COLUMN_WIDTH, 3.8, r"\footnotesize"),
-    (TEXT_WIDTH, 4.15, r"\small"), (TEXT_WIDTH, 3.8, r"\footnotesize"), (TEXT_WIDTH, 3.55, r"\scriptsize"))
+    (COLUMN_WIDTH, 4.6, r"\small"), (COLUMN_WIDTH, 4.1, r"\footnotesize"),
+    (TEXT_WIDTH, 4.6, r"\small"), (TEXT_WIDTH, 4.1, r"\footnotesize"), (TEXT_WIDTH, 3.55, r"\scriptsize"))
+
+
+def _rooms(table: Table) -> dict[tuple, _Room]:
+    return {c: _room([e for (_, column), e in table.entries.items() if column == c]) for c in table.column_keys}
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    "Lines of a column's head: broken at its spaces where it is longer than `width` characters, though not below seven."
+    return textwrap.wrap(text, max(width, 7), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _fit(table: Table) -> tuple[str, str, bool]:
     "Environment, font size, and whether the table must be shrunk; from estimated widths, a little generous."
     stub = [max(map(len, texts)) for texts in zip([table.title(f) for f in table.rows], *map(table.row_labels, table.row_keys))]
-    body = [max(len(table.column_labels(c)[-1]), *(len(table.entry(r, c)) for r in table.row_keys)) for c in table.column_keys]
+    body = [max(room.width, *map(len, _wrapped(table.column_labels(key)[-1], room.width))) for key, room in _rooms(table).items()]
     for inches, points, size in _SIZES:
         if points * sum(stub + body) + 8 * len(stub + body) <= 72.27 * inches:
             return "table" if inches == COLUMN_WIDTH else "table*", size, False
@@ -587,24 +655,33 @@ def _head(table: Table) -> list[str]:
             start += n
         lines.append(" & " * skipped + " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{latex_escape(text)}}}" for text, n in spans) + r" \\")
         lines.append(" ".join(rules))
-    titles = [table.title(f) for f in table.rows] + [table.column_labels(key)[-1] for key in table.column_keys]
-    return [*lines, " & ".join(map(latex_escape, titles)) + r" \\"]
+    heads = [[latex_escape(line) for line in _wrapped(table.column_labels(key)[-1], room.width)] for key, room in _rooms(table).items()]
+    stacked = [f"{{{head[0]}}}" if len(head) == 1 else r"{\shortstack{" + r"\\".join(head) + "}}" for head in heads]
+    return [*lines, " & ".join([*(latex_escape(table.title(f)) for f in table.rows), *stacked]) + r" \\"]
+
+
+def _stub(table: Table, i: int) -> list[str]:
+    "Labels of row `i`. One that several rows share spans them, and is blank in all but the first."
+    cells = []
+    for level, text in enumerate(table.row_labels(table.row_keys[i])):
+        same = lambda key: key[:level + 1] == table.row_keys[i][:level + 1]
+        rows = len(list(takewhile(same, table.row_keys[i:])))
+        again = i > 0 and same(table.row_keys[i - 1])
+        cells.append("" if again else latex_escape(text) if rows == 1 else rf"\multirow{{{rows}}}{{*}}{{{latex_escape(text)}}}")
+    return cells
 
 
 def _apart(key: tuple) -> bool: return any(part in UNRANKED or isinstance(part, tuple) for part in key)
 
 
 def _body(table: Table) -> list[str]:
-    "Lines of the rows. A label that repeats the one above stays blank; a rule or a gap separates groups."
-    numbers = lambda c: [e.digits for (_, column), e in table.entries.items() if column == c and not e.signed]
-    digits = {c: tuple(map(max, zip((1, 1), *numbers(c)))) for c in table.column_keys}
-    lines, above = [], None
-    for row in table.row_keys:
+    "Lines of the rows; a rule or a gap separates groups."
+    rooms, lines, above = _rooms(table), [], None
+    for i, row in enumerate(table.row_keys):
+        stub = _stub(table, i)
         if above and len(row) > 1 and row[0] != above[0]: lines.append(r"\midrule")
-        elif above and _apart(row) != _apart(above): lines.append(r"\addlinespace")
-        repeats = [above is not None and row[:i + 1] == above[:i + 1] and i < len(row) - 1 for i in range(len(row))]
-        stub = ["" if again else latex_escape(text) for text, again in zip(table.row_labels(row), repeats)]
-        lines.append(" & ".join(stub + [table.entry(row, column, "latex", digits[column]) for column in table.column_keys]) + r" \\")
+        elif above and (_apart(row) != _apart(above) or any(r"\multirow" in cell for cell in stub)): lines.append(r"\addlinespace")
+        lines.append(" & ".join(stub + [_place(table.entries.get((row, column)), room) for column, room in rooms.items()]) + r" \\")
         above = row
     return lines
 
@@ -615,15 +692,21 @@ def to_latex(
     caption: str = "",  # plain text; is escaped
     label: str = "",  # the name that `ref` takes
 ) -> str:
-    "A float with booktabs rules."
+    "A float with booktabs rules, rows that multirow joins, and siunitx columns."
     environment, size, shrink = _fit(self)
-    layout = "l" * len(self.rows) + "c" * len(self.column_keys)
+    layout = " ".join(["l" * len(self.rows), *(room.layout for room in _rooms(self).values())])
     return "\n".join([
         rf"\begin{{{environment}}}[t]", r"\centering",
         *([rf"\caption{{{latex_escape(caption)}}}"] if caption else []), *([rf"\label{{{label}}}"] if label else []),
-        r"\smallskip", size + r"\setlength{\tabcolsep}{4pt}", *([r"\resizebox{\textwidth}{!}{%"] if shrink else []),
+        r"\smallskip", rf"{size}\setlength{{\tabcolsep}}{{{2.5 if shrink else 4}pt}}", r"\sisetup{detect-weight,retain-explicit-plus,group-minimum-digits=12}",
+        *([r"\resizebox{\ifdim\width>\textwidth \textwidth\else \width\fi}{!}{%"] if shrink else []),
         rf"\begin{{tabular}}{{{layout}}}", r"\toprule", *_head(self), r"\midrule", *_body(self), r"\bottomrule", r"\end{tabular}" + ("}" if shrink else ""),
         rf"\end{{{environment}}}", ""])
+
+
+def packages(table: Table) -> str:
+    "What a document that shows the table's LaTeX must load."
+    return r"\usepackage{booktabs,multirow,siunitx" + (",graphicx" if _fit(table)[2] else "") + "}"
 
 # %% ../nbs/13_reports.ipynb #0584e45d
 _MARKER = "ddkit-provenance: "
@@ -696,11 +779,10 @@ def save_table(
     caption = with_profiles(" ".join([caption, *table.notes]), provenance)
     line = _MARKER + _one_line(provenance)
     name = Path(stem).name
-    needs = r"\usepackage{booktabs}" + (r" \usepackage{graphicx}" if _fit(table)[2] else "")
     markdown = _FORMATS["markdown"].escape(caption) + f"\n\n{table.to_markdown()}\n\nData and provenance: [{name}.csv]({name}.csv), [{name}.json]({name}.json)\n\n<!-- {line} -->\n"
     return _publish(stem, {
         ".csv": table.to_csv().encode(),
-        ".tex": f"% needs {needs}\n% {line}\n{table.to_latex(caption, artefact_label(stem, 'tab'))}".encode(),
+        ".tex": f"% needs {packages(table)}\n% {line}\n{table.to_latex(caption, artefact_label(stem, 'tab'))}".encode(),
         ".md": markdown.encode(),
     }, caption, provenance)
 
