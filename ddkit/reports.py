@@ -7,7 +7,7 @@ __all__ = ['METHOD_STYLE', 'METHOD_LABELS', 'LABELS', 'TITLES', 'UNRANKED', 'FIE
            'method_label', 'method_styles', 'label', 'summarise', 'rank_marks', 'paired', 'verdict', 'latex_escape',
            'Entry', 'Table', 'results_table', 'spread_note', 'packages', 'with_profiles', 'artefact_label',
            'save_table', 'read_provenance', 'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy',
-           'image_grid', 'save_figure']
+           'image_grid', 'save_figure', 'saved_artefacts', 'write_index', 'write_writeup']
 
 # %% ../nbs/13_reports.ipynb #28e2d5a7
 import hashlib
@@ -95,6 +95,7 @@ LABELS = {
                 "mobilenetv2": "MobileNet-V2", "efficientnetb0": "EfficientNet-B0", "swint": "Swin-T", "vitb16": "ViT-B/16"},
     "protocol": {"hard": "Hard labels", "soft": "Soft labels", "hard-batchnorm": "Hard, BatchNorm", "hard-plain": "Hard, no augmentation", "soft-plain": "Soft, no augmentation",
                  "soft-sre2l": "Soft (SRe²L)", "hard-igd": "Hard (IGD)", "hard-d3hr": "Hard (D3HR)", "hard-ims3": "Hard (IMS³)", "hard-ims3-paper": "Hard (IMS³, text)"},
+    "paper": {"manifoldgd": "ManifoldGD", "mgd3": "MGD³", "dap": "DAP", "ims3": "IMS³", "comparison": "All methods compared"},
     "source": {"ours": "Ours", "paper": "Paper", "difference": "Difference"},
 }
 TITLES = {"ipc": "IPC", "method": "Method", "dataset": "Dataset", "network": "Test model", "metric": "Metric", "seed": "Seed", "protocol": "Protocol", "source": ""}
@@ -742,13 +743,17 @@ def _publish(
     files = {**files, ".json": (json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()}
     paths = [Path(f"{stem}{ending}") for ending in files]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for path, content in zip(paths, files.values()):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally: temporary.unlink(missing_ok=True)
+    for path, content in zip(paths, files.values()): _replace(path, content)
     return paths
+
+
+def _replace(path: Path, content: bytes):
+    "Write a file whole or not at all."
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
 
 def with_profiles(
@@ -966,3 +971,89 @@ def _drawn(fig, format: str, metadata: dict) -> bytes:
         buffer = BytesIO()
         fig.savefig(buffer, format=format, metadata=metadata)
         return buffer.getvalue()
+
+# %% ../nbs/13_reports.ipynb #b1115605
+def _natural(text: str) -> list:
+    "A key by which table2 comes before table10, and table1 before table1-last."
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def saved_artefacts(
+    folder: str | Path,  # tables or figures
+    order: Iterable[str] = (),  # names like "manifoldgd/table1", in the wanted order of their papers; others follow by name
+) -> dict[tuple[str, str, str], dict]:
+    "(profile, paper, name) → what its `.json` says, by profile, paper and number. Paper is '' for what belongs to none."
+    papers = list(dict.fromkeys(name.split("/")[0] for name in order))
+    found = {}
+    for path in Path(folder).glob("*/**/*.json"):
+        profile, *paper, name = path.relative_to(folder).with_suffix("").parts
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and {"caption", "files", "provenance"} <= set(record): found[profile, "/".join(paper), name] = record
+    place = lambda paper: (papers.index(paper), "") if paper in papers else (len(papers), paper)
+    return {key: found[key] for key in sorted(found, key=lambda k: (_natural(k[0]), k[1] == "", place(k[1]), _natural(k[2])))}
+
+
+def _first_sentence(caption: str) -> str: return re.match(r".*?[.:?!](?=\s|$)|.*", caption, re.S).group().rstrip(".:")
+
+
+def _entry_lines(kind: str, key: tuple[str, str, str], record: Mapping, made_by: Mapping[str, str]) -> list[str]:
+    profile, paper, name = key
+    stem = "/".join(filter(None, (profile, paper, name)))
+    beside, cited = stem.rsplit("/", 1)[0], f"{kind}/{stem}"
+    files = [f for f in (*record["files"], f"{name}.json")]
+    shown = f'<img src="{stem}.png" width="360" alt="{html.escape(name)}">' if kind == "figures" else f"[the table]({stem}.md)"
+    cite = rf"`\input{{{cited}.tex}}`" if kind == "tables" else rf"`\includegraphics{{{cited}.pdf}}` `\input{{{cited}.caption.tex}}`"
+    command = f"ddkit reproduce --paper {paper} --only {made_by[f'{paper}/{name}']} --profile {profile}" if f"{paper}/{name}" in made_by else ""
+    commit = record["provenance"].get("commit")
+    return [f"#### {name}", "", f"{_FORMATS['markdown'].escape(_first_sentence(record['caption']))}.", "", shown, "",
+            f"- cite: {cite}, `\\ref{{{artefact_label(cited, kind[:3])}}}`", f"- files: {', '.join(f'[{f}]({beside}/{f})' for f in files)}",
+            *([f"- made by `{command}`" + (f" at commit `{commit[:12]}`" if commit else "")] if command or commit else []), ""]
+
+
+def write_index(
+    root: str | Path,  # the folder of `tables` and `figures`
+    made_by: Mapping[str, str] = {},  # "comparison/fig1" → "table1", the id that `ddkit reproduce --only` takes; in the papers' order
+) -> list[Path]:
+    "Write `tables/README.md` and `figures/README.md` from what lies there; the paths. A folder without artefacts gets none."
+    paths = []
+    for kind in ("tables", "figures"):
+        found = saved_artefacts(Path(root) / kind, made_by)
+        if not found: continue
+        lines = [f"# {kind.capitalize()}", "", "Written by the kit from the `.json` files beside the artefacts; edits are lost.", ""]
+        for profile, own in groupby(found, key=lambda key: key[0]):
+            lines += [f"## Profile {profile}", ""]
+            for paper, keys in groupby(own, key=lambda key: key[1]):
+                lines += [f"### {label('paper', paper) or 'No paper'}", ""] + [line for key in keys for line in _entry_lines(kind, key, found[key], made_by)]
+        paths.append(Path(root) / kind / "README.md")
+        _replace(paths[-1], "\n".join(lines).encode())
+    return paths
+
+
+def _is_wide(pdf: Path) -> bool:
+    "Whether a figure needs both columns of a two-column paper."
+    return float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf.read_bytes()).group(1)) > 72 * COLUMN_WIDTH + 1
+
+
+def write_writeup(
+    root: str | Path,  # the folder of `tables`, `figures` and `writeup`
+    profile: str,
+    made_by: Mapping[str, str] = {},  # as for `write_index`: the papers' order
+) -> Path:
+    r"Write `writeup/artefacts-<profile>.tex`: every table and figure of a profile, paper by paper, each with a sentence that refers to it. `\kit` is the way to `root`."
+    root = Path(root)
+    found = {(*key[1:], kind): record for kind in ("tables", "figures") for key, record in saved_artefacts(root / kind, made_by).items() if key[0] == profile}
+    if not found: raise FileNotFoundError(f"no tables or figures of profile {profile!r} in {root}: make them with `ddkit reproduce --profile {profile}`")
+    lines = ["% written by the kit: every table and figure of a profile; edits are lost"]
+    for paper in [p for p in dict.fromkeys([*(name.split("/")[0] for name in made_by), *(key[0] for key in found)]) if any(key[0] == p for key in found)]:
+        lines += ["", rf"\section{{{latex_escape(label('paper', paper) or 'Overview')}}}"]
+        floats = []
+        for (_, name, kind), record in ((key, record) for key, record in found.items() if key[0] == paper):
+            stem = "/".join(filter(None, (kind, profile, paper, name)))
+            lines.append(rf"{'Table' if kind == 'tables' else 'Figure'}~\ref{{{artefact_label(stem, kind[:3])}}}: {latex_escape(_first_sentence(record['caption']))}.\par")
+            star = "*" if kind == "figures" and _is_wide(root / f"{stem}.pdf") else ""
+            floats += [rf"\input{{\kit/{stem}.tex}}"] if kind == "tables" else [rf"\begin{{figure{star}}}[t]\centering", rf"\includegraphics{{\kit/{stem}.pdf}}", rf"\input{{\kit/{stem}.caption.tex}}", rf"\end{{figure{star}}}"]
+        lines += [*floats, r"\clearpage"]
+    path = root / "writeup" / f"artefacts-{profile}.tex"
+    path.parent.mkdir(exist_ok=True)
+    _replace(path, ("\n".join(lines) + "\n").encode())
+    return path
