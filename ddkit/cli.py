@@ -801,6 +801,7 @@ def reproduce(
         except KeyboardInterrupt:
             print("\nstopped; what is finished stays, and the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130)
+    _write_indexes(plan.profile)
     print(f"Done in {duration(time.monotonic() - started)}.")
     _print_artefacts(plan)
 
@@ -838,6 +839,14 @@ def _one_head(store: Store):
         waited = True
     try: yield waited
     finally: lock.release()
+
+
+def _write_indexes(profile: str) -> None:
+    "What lies in tables/ and figures/: the index pages there, and the list that the example document in writeup/ shows."
+    from ddkit import papers, reports
+    made_by = {f"{a.paper}/{name}": a.id for a in papers.select() for name in [*(a.id + part for part in a.parts), *a.figures]}
+    reports.write_index(runs.project_root(), made_by)
+    reports.write_writeup(runs.project_root(), profile, made_by)
 
 
 def _nothing_to_do(plan: Plan, store: Store) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 from .methods import get_method, load_plugins, method_names
 from .networks import network_names
 from .profiles import Profile, cast, find_settings, nearest_name
-from .runs import Cell, distill_cell, encode_cell, evaluate_cell, measure_cell
+from .runs import Cell, distill_cell, encode_cell, evaluate_cell, features_cell, measure_cell
 
 # %% ../nbs/14_papers.ipynb #f64c6a33
 Cast = dict[str, Profile]  # dataset role → the profile that plays it
@@ -312,7 +312,8 @@ def _(players: Cast) -> list[Cell]:
 @artefact("manifoldgd", "fig8", "stop_step", "Where the guidance stops: images, FID, accuracy", ("imagenette",))
 def _(players: Cast) -> list[Cell]:
     def stopped(p, stop): return ablation_cells(p, VARIANTS, ["resnetap10"], stop=stop) + [measure_cell(p.replace(stop=stop), m, comparison_ipc(p), seed) for m in VARIANTS for seed in p.seeds]
-    return _over(players, lambda p: [c for stop in stop_steps(p) for c in stopped(p, stop)])
+    def unguided(p): return ablation_cells(p, ["dit"], ["resnetap10"]) + fidelity_cells(p, ["dit"], [comparison_ipc(p)])
+    return _over(players, lambda p: unguided(p) + [c for stop in stop_steps(p) for c in stopped(p, stop)])
 
 
 @artefact("manifoldgd", "fig9", "agglomerative_divisive", "Agglomerative against divisive centroids", ("imagenette",))
@@ -335,9 +336,20 @@ def _(players: Cast) -> list[Cell]:
     return _over(players, _latent_cells)
 
 
-for _id, _slug, _title, _role in (("fig13", "images_of_one_class", "All images of one class", "imagenette"), ("fig14", "images_of_another_class", "All images of another class", "imagenet100"),
-                                  ("fig15", "images_of_all_classes", "Images of all classes", "imagenette"), ("fig16", "images_of_many_classes", "Images of many classes", "imagenet100")):
-    artefact("manifoldgd", _id, _slug, _title, (_role,))(lambda players: _over(players, _image_cells))
+def _images_only(players: Cast) -> list[Cell]: return _over(players, _image_cells)
+
+
+artefact("manifoldgd", "fig13", "images_of_one_class", "All images of one class", ("imagenette",))(_images_only)
+artefact("manifoldgd", "fig14", "images_of_another_class", "All images of another class", ("imagenet100",))(_images_only)
+
+
+@artefact("manifoldgd", "fig15", "images_of_all_classes", "Images of all classes", ("imagenette",))
+def _(players: Cast) -> list[Cell]:
+    "The images, and the judge's features of them and of all real ones: is any off its class?"
+    return _over(players, lambda p: _image_cells(p) + [features_cell(p, "full")] + [features_cell(p, c.method, c.ipc, c.seed) for c in _image_cells(p)])
+
+
+artefact("manifoldgd", "fig16", "images_of_many_classes", "Images of many classes", ("imagenet100",))(_images_only);
 
 # %% ../nbs/14_papers.ipynb #ddfb29c7
 def _own_methods() -> list[str]:

@@ -7,7 +7,7 @@ __all__ = ['METHOD_STYLE', 'METHOD_LABELS', 'LABELS', 'TITLES', 'UNRANKED', 'FIE
            'method_label', 'method_styles', 'label', 'summarise', 'rank_marks', 'paired', 'verdict', 'latex_escape',
            'Entry', 'Table', 'results_table', 'spread_note', 'packages', 'with_profiles', 'artefact_label',
            'save_table', 'read_provenance', 'figure_style', 'plot_by_ipc', 'method_legend', 'plot_against_accuracy',
-           'image_grid', 'save_figure', 'saved_artefacts', 'write_index', 'write_writeup']
+           'evenly_spaced', 'sharpness', 'image_grid', 'save_figure', 'saved_artefacts', 'write_index', 'write_writeup']
 
 # %% ../nbs/13_reports.ipynb #28e2d5a7
 import hashlib
@@ -643,7 +643,8 @@ def _fit(table: Table) -> tuple[str, str, bool]:
     for inches, points, size in _SIZES:
         if points * sum(stub + body) + 8 * len(stub + body) <= 72.27 * inches:
             return "table" if inches == COLUMN_WIDTH else "table*", size, False
-    return "table*", r"\scriptsize", True
+    room = 72.27 * TEXT_WIDTH / (points * sum(stub + body) + 8 * len(stub + body))  # of the smallest size
+    return "table*" if room > 0.85 else "sidewaystable*", r"\scriptsize", True
 
 
 def _head(table: Table) -> list[str]:
@@ -697,17 +698,18 @@ def to_latex(
     environment, size, shrink = _fit(self)
     layout = " ".join(["l" * len(self.rows), *(room.layout for room in _rooms(self).values())])
     return "\n".join([
-        rf"\begin{{{environment}}}[t]", r"\centering",
+        rf"\begin{{{environment}}}" + "[t]" * (not environment.startswith("sideways")), r"\centering",
         *([rf"\caption{{{latex_escape(caption)}}}"] if caption else []), *([rf"\label{{{label}}}"] if label else []),
         r"\smallskip", rf"{size}\setlength{{\tabcolsep}}{{{2.5 if shrink else 4}pt}}", r"\sisetup{detect-weight,retain-explicit-plus,group-minimum-digits=12}",
-        *([r"\resizebox{\ifdim\width>\textwidth \textwidth\else \width\fi}{!}{%"] if shrink else []),
+        *([r"\resizebox{\ifdim\width>\linewidth \linewidth\else \width\fi}{!}{%"] if shrink else []),
         rf"\begin{{tabular}}{{{layout}}}", r"\toprule", *_head(self), r"\midrule", *_body(self), r"\bottomrule", r"\end{tabular}" + ("}" if shrink else ""),
         rf"\end{{{environment}}}", ""])
 
 
 def packages(table: Table) -> str:
     "What a document that shows the table's LaTeX must load."
-    return r"\usepackage{booktabs,multirow,siunitx" + (",graphicx" if _fit(table)[2] else "") + "}"
+    environment, _, shrink = _fit(table)
+    return r"\usepackage{booktabs,multirow,siunitx" + ",graphicx" * shrink + ",rotating" * environment.startswith("sideways") + "}"
 
 # %% ../nbs/13_reports.ipynb #0584e45d
 _MARKER = "ddkit-provenance: "
@@ -898,6 +900,21 @@ def plot_against_accuracy(
             ax.errorbar(cell["mean_x"], cell["mean_y"], cell["std_y"], cell["std_x"], color=style.color, marker=style.marker, markersize=sizes[cell["ipc"]] * _bulk(style), linestyle="none",
                         elinewidth=0.6, markeredgecolor="white", label=style.label if i == len(own) - 1 else None)
     ax.set(xlabel=xlabel or _axis_label(metric), ylabel="Accuracy (%)")
+
+# %% ../nbs/13_reports.ipynb #a6db4755
+def evenly_spaced(
+    count: int,  # classes that there are
+    most: int = 10,  # to show
+) -> list[int]:
+    "Which of many classes a figure shows: at most so many, from the first to the last."
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+
+
+def sharpness(
+    images: torch.Tensor,  # N×C×H×W in [−1, 1]
+) -> torch.Tensor:
+    "Mean absolute difference of neighbouring pixels, N; 0 (flat) … 2. Noise is sharp too."
+    return ((images.diff(dim=-1).abs().mean((1, 2, 3)) + images.diff(dim=-2).abs().mean((1, 2, 3))) / 2).cpu()
 
 # %% ../nbs/13_reports.ipynb #b4919569
 def image_grid(
