@@ -13,8 +13,8 @@ from ddkit.reports import COLUMN_WIDTH, figure_style, results_table, save_figure
 KIT = Path(__file__).parent.parent
 MAIN = KIT / "writeup" / "main.tex"
 PROVENANCE = {"profiles": {"digits": {"name": "digits"}}, "seeds": [0, 1], "commit": "0" * 40}
-# commands of the LaTeX kernel, then of booktabs, multirow, siunitx and graphicx
-COMMANDS = set(r"""\begin \end \centering \caption \label \smallskip \small \footnotesize \scriptsize \setlength \tabcolsep \multicolumn \underline \textbf \bfseries \mdseries \phantom \rlap \shortstack
+# commands of the LaTeX kernel, then of booktabs, multirow, siunitx and graphicx (rotating brings an environment alone)
+COMMANDS = set(r"""\begin \end \centering \caption \label \smallskip \small \footnotesize \scriptsize \setlength \tabcolsep \linewidth \multicolumn \underline \textbf \bfseries \mdseries \phantom \rlap \shortstack
     \ifdim \width \textwidth \else \fi \pm \downarrow \uparrow \approx \textsuperscript \textsubscript \ell \lambda \sigma \tau \mu \Delta \times \cdot \leq \geq \rightarrow \textbar \textless \textgreater \textasciitilde
     \toprule \midrule \bottomrule \cmidrule \addlinespace \multirow \sisetup \resizebox""".split())
 
@@ -26,7 +26,7 @@ def runs(methods=("random", "mgd3", "manifoldgd", "manifoldgd-released")) -> pd.
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory) -> Path:
-    "A kit with three tables (one fits a column, one both, one must be shrunk), a narrow figure, and the writeup."
+    "A kit with three tables (one fits a column, one both, one stands sideways), a narrow figure, and the writeup."
     import matplotlib.pyplot as plt
     root = tmp_path_factory.mktemp("kit")
     stated = pd.DataFrame({"dataset": "imagewoof", "network": "convnet6", "ipc": 10, "method": ["dm", "mgd3", "full"], "mean": [26.9, 35.1, 86.4], "std": [1.2, None, 0.2]})
@@ -82,8 +82,8 @@ def test_every_row_fills_the_layout(kit):
 
 def test_a_table_names_its_packages(kit):
     needs = [path.read_text().splitlines()[0] for path in texts(kit)]
-    assert needs == [r"% needs \usepackage{booktabs,multirow,siunitx}"] * 2 + [r"% needs \usepackage{booktabs,multirow,siunitx,graphicx}"]
-    for path, line in zip(texts(kit), needs): assert (r"\resizebox" in body(path)) == ("graphicx" in line)
+    assert needs == [r"% needs \usepackage{booktabs,multirow,siunitx}"] * 2 + [r"% needs \usepackage{booktabs,multirow,siunitx,graphicx,rotating}"]
+    for path, line in zip(texts(kit), needs): assert (r"\resizebox" in body(path)) == ("graphicx" in line) and ("{sidewaystable*}" in body(path)) == ("rotating" in line)
 
 
 def test_captions_name_the_profile(kit):
@@ -101,7 +101,7 @@ def latex() -> str:
     engine = next((name for name in ("pdflatex", "latexmk", "tectonic") if shutil.which(name)), None)
     if engine is None: pytest.skip("no LaTeX here: none of pdflatex, latexmk, tectonic is installed")
     if engine != "tectonic" and shutil.which("kpsewhich"):
-        for package in ("booktabs", "multirow", "siunitx", "graphicx"):
+        for package in ("booktabs", "multirow", "siunitx", "graphicx", "rotating"):
             if not subprocess.run(["kpsewhich", f"{package}.sty"], capture_output=True).stdout: pytest.skip(f"this LaTeX has no package {package} (Debian: texlive-latex-extra, texlive-science)")
     return engine
 
