@@ -79,9 +79,10 @@ def select(
     if paper is not None and paper not in papers: nearest_name("paper", paper, papers)
     found = [a for a in _ARTEFACTS.values() if paper in (None, a.paper)]
     if only is None: return found
-    for id in only:
+    only = set(only)
+    for id in sorted(only):
         if id not in {a.id for a in found}: nearest_name("table or figure", id, sorted({a.id for a in found}))
-    return [a for a in found if a.id in set(only)]
+    return [a for a in found if a.id in only]
 
 
 def cells(
@@ -184,6 +185,7 @@ LATENT = {"embedded": (2, 4), "dit": (8, 4), "stable-diffusion": (8, 4), "latent
 
 def reaching_radii(profile: Profile) -> tuple[float, float]:
     "Radii within which a latent has neighbours: a quarter and a half of the root of the latents' dimension."
+    if profile.generator not in LATENT: nearest_name("generator", profile.generator, LATENT)
     factor, channels = LATENT[profile.generator]
     root = (channels * (profile.image_size // factor) ** 2) ** 0.5
     return round(root / 4, 2), round(root / 2, 2)

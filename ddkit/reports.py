@@ -1011,14 +1011,14 @@ def saved_artefacts(
     return {key: found[key] for key in sorted(found, key=lambda k: (_natural(k[0]), k[1] == "", place(k[1]), _natural(k[2])))}
 
 
-def _first_sentence(caption: str) -> str: return re.match(r".*?[.:?!](?=\s|$)|.*", caption, re.S).group().rstrip(".:")
+def _first_sentence(caption: str) -> str: return re.match(r".*?[.?!](?=\s|$)|.*", caption, re.S).group().rstrip(".")
 
 
 def _entry_lines(kind: str, key: tuple[str, str, str], record: Mapping, made_by: Mapping[str, str]) -> list[str]:
     profile, paper, name = key
     stem = "/".join(filter(None, (profile, paper, name)))
     beside, cited = stem.rsplit("/", 1)[0], f"{kind}/{stem}"
-    files = [f for f in (*record["files"], f"{name}.json")]
+    files = [*record["files"], f"{name}.json"]
     shown = f'<img src="{stem}.png" width="360" alt="{html.escape(name)}">' if kind == "figures" else f"[the table]({stem}.md)"
     cite = rf"`\input{{{cited}.tex}}`" if kind == "tables" else rf"`\includegraphics{{{cited}.pdf}}` `\input{{{cited}.caption.tex}}`"
     command = f"ddkit reproduce --paper {paper} --only {made_by[f'{paper}/{name}']} --profile {profile}" if f"{paper}/{name}" in made_by else ""
@@ -1044,7 +1044,7 @@ def write_index(
         for profile, own in groupby(found, key=lambda key: key[0]):
             lines += [f"## Profile {profile}", ""]
             for paper, keys in groupby(own, key=lambda key: key[1]):
-                lines += [f"### {label('paper', paper) or 'No paper'}", ""] + [line for key in keys for line in _entry_lines(kind, key, found[key], made_by)]
+                lines += [f"### {label('paper', paper) or 'Overview'}", ""] + [line for key in keys for line in _entry_lines(kind, key, found[key], made_by)]
         paths.append(Path(root) / kind / "README.md")
         _replace(paths[-1], "\n".join(lines).encode())
     return paths
