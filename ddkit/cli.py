@@ -783,7 +783,9 @@ def reproduce(
     started, store = time.monotonic(), _store(runs_)
     ids = [i.strip() for i in only.split(",") if i.strip()] if only else None
     plan = make_plan(paper, ids, profile, store)
-    if not plan.stale and not plan.todo: return _nothing_to_do(plan, store)
+    if not plan.stale and not plan.todo:
+        if not dry_run: _write_indexes(profile)
+        return _nothing_to_do(plan, store)
     if dry_run:
         workers = jobs or gpus or len(_gpus(plan, None)) or _cores()
         _announce(plan, store, workers)

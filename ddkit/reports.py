@@ -468,11 +468,11 @@ def _differences(runs, cells, compare, places, value, along, direction) -> dict[
 
 def _attach(cells, differences, places, along) -> pd.DataFrame:
     "Paired comparisons as further columns of the first method's cells: minus_<second>_mean, …"
-    others = [p for p in places if p != along]
-    for (first, second), seen in differences.items():
-        named = seen.drop(columns="reported", errors="ignore").dropna(subset=["mean"]).rename(columns={c: f"minus_{second}_{c}" for c in ("mean", "std", "n", "better")}).assign(**{along: first})
-        named = named.astype({f"minus_{second}_{c}": "Int64" for c in ("n", "better")})
-        cells = cells.merge(named, on=[*others, along], how="left", suffixes=("", "_again"))
+    others, columns = [p for p in places if p != along], ("mean", "std", "n", "better")
+    for second in dict.fromkeys(second for _, second in differences):
+        seen = pd.concat([seen.assign(**{along: first}) for (first, other), seen in differences.items() if other == second])
+        named = seen.drop(columns="reported", errors="ignore").dropna(subset=["mean"]).rename(columns={c: f"minus_{second}_{c}" for c in columns})
+        cells = cells.merge(named.astype({f"minus_{second}_{c}": "Int64" for c in ("n", "better")}), on=[*others, along], how="left")
     return cells
 
 # %% ../nbs/13_reports.ipynb #c9a8e2fd
