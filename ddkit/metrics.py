@@ -18,7 +18,6 @@ import functools
 import hashlib
 import inspect
 import math
-import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ class Metric:
         given = {k: v for k, v in zip(INPUTS, (real, synthetic, real_labels, synthetic_labels)) if v is not None}
         if missing := [k for k in INPUTS if k in self.inputs - given.keys()]: raise ValueError(f"metric {self.name!r} needs {' and '.join(missing)}")
         value = self.function(**{k: v for k, v in given.items() if k in inspect.signature(self.function).parameters})
-        if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0: return float(value)
+        if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0: return float(value)
         raise ValueError(f"metric {self.name!r} returned {type(value).__name__}{tuple(getattr(value, 'shape', ())) or ''}; a metric returns one number")
 
 
