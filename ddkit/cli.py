@@ -460,39 +460,41 @@ def make_plan(
     "Find out what is wanted, what is there, and what is to be done; changes nothing."
     from ddkit import papers
     artefacts = papers.select(paper, only)
-    needs = {a.name: papers.cells(a, profile) for a in artefacts}
-    wanted = dict.fromkeys(cell for cells in needs.values() for cell in cells)
-    state = {cell: runs.problem(store.path(cell)) for cell in _with_upstream(wanted)}
-    todo: dict[Cell, None] = {}
-    for cell, wrong in state.items():
-        if wrong is not None and (cell in wanted or wrong != "missing"): _add(cell, todo, state)
+    asked = {a.name: papers.cells(a, profile) for a in artefacts}
+    found = _with_upstream(cell for cells in asked.values() for cell in cells)
+    needs = {name: list({cell.key: found[cell.key] for cell in cells}.values()) for name, cells in asked.items()}
+    wanted = {cell.key for cells in needs.values() for cell in cells}
+    state = {key: runs.problem(store.path(cell)) for key, cell in found.items()}
+    todo: dict[str, Cell] = {}
+    for key, wrong in state.items():
+        if wrong is not None and (key in wanted or wrong != "missing"): _add(found[key], found, state, todo)
     stale = {}
     for artefact in artefacts:
-        lacking = sum(cell in todo for cell in needs[artefact.name])
-        why = f"{lacking} cell{'s' * (lacking != 1)} to compute" if lacking else out_of_date(artefact, needs[artefact.name], profile, store)
+        lacking = sum(cell.key in todo for cell in needs[artefact.name])
+        why = f"{lacking} cell{'s' * (lacking != 1)} to compute" if lacking else out_of_date(artefact, asked[artefact.name], profile, store)
         if why: stale[artefact.name] = why
-    damaged = {cell: why for cell, why in state.items() if why not in (None, "missing")}
-    there = [cell for cell, wrong in state.items() if wrong is None or cell in todo]
-    return Plan(profile, artefacts, stale, there, list(todo), damaged, needs, runs.history(store))
+    damaged = {found[key]: why for key, why in state.items() if why not in (None, "missing")}
+    there = [found[key] for key, wrong in state.items() if wrong is None or key in todo]
+    return Plan(profile, artefacts, stale, there, list(todo.values()), damaged, needs, runs.history(store))
 
 # %% ../nbs/15_cli.ipynb #405d2234
-def _with_upstream(cells) -> dict[Cell, None]:
-    "The cells and all that they come from, upstream first."
-    found: dict[Cell, None] = {}
+def _with_upstream(cells) -> dict[str, Cell]:
+    "Key → cell, for the cells and all that they come from, upstream first. Cells of different profiles may be one piece of work: the latents of an ablation are everybody's."
+    found: dict[str, Cell] = {}
     def visit(cell):
-        if cell in found: return
+        if cell.key in found: return
         for up in cell.upstream: visit(up)
-        found[cell] = None
+        found[cell.key] = cell
     for cell in cells: visit(cell)
     return found
 
 
-def _add(cell: Cell, todo: dict, state: dict) -> None:
+def _add(cell: Cell, found: dict, state: dict, todo: dict) -> None:
     "Put a cell on the list, after the upstream cells that are lacking."
-    if cell in todo: return
+    if cell.key in todo: return
     for up in cell.upstream:
-        if state[up] is not None: _add(up, todo, state)
-    todo[cell] = None
+        if state[up.key] is not None: _add(found[up.key], found, state, todo)
+    todo[cell.key] = cell
 
 # %% ../nbs/15_cli.ipynb #41b1b197
 NOTEBOOK_SECONDS = 12.0  # a paper notebook whose cells are all there
@@ -505,19 +507,19 @@ def plan_file(
 ) -> Path:
     "Write a plan for Snakemake, under its digest."
     packs = runs.bundles(plan.todo, plan.seconds, workers)
-    maker = {cell: pack.name for pack in packs for cell in pack.cells}
-    waits = {pack.name: sorted({maker[up] for cell in pack.cells for up in cell.upstream if up in maker} - {pack.name}) for pack in packs}
+    maker = {cell.key: pack.name for pack in packs for cell in pack.cells}
+    waits = {pack.name: sorted({maker[up.key] for cell in pack.cells for up in cell.upstream if up.key in maker} - {pack.name}) for pack in packs}
     ways = _ways_to_the_end(packs, waits)
     text = {
         "profile": plan.profile, "root": str(runs.project_root()), "store": str(store.root), "python": sys.executable,
         "bundles": [{
             "name": pack.name, "cells": [cell.to_dict() for cell in pack.cells], "outputs": [_inside(store, cell) for cell in pack.cells],
-            "needs": sorted({_inside(store, up) for cell in pack.cells for up in cell.upstream if up in maker and maker[up] != pack.name}),
+            "needs": sorted({_inside(store, up) for cell in pack.cells for up in cell.upstream if maker.get(up.key, pack.name) != pack.name}),
             "priority": int(ways[pack.name]), "gpu": int(any(cell.profile.device != "cpu" for cell in pack.cells)),
         } for pack in packs],
         "artefacts": [{
             "name": a.name, "notebook": str(_notebook(a)), "library": [str(runs.module_path(m)) for m in _library()],
-            "needs": sorted({_inside(store, cell) for cell in plan.needs[a.name] if cell in maker}),
+            "needs": sorted({_inside(store, cell) for cell in plan.needs[a.name] if cell.key in maker}),
             "stamp": stamp_path(a, plan.profile, store).relative_to(store.root).as_posix(),
             "gpu": int(any(cell.profile.device != "cpu" for cell in plan.needs[a.name])),
         } for a in plan.artefacts if a.name in plan.stale],
