@@ -15,7 +15,7 @@ MAIN = KIT / "writeup" / "main.tex"
 PROVENANCE = {"profiles": {"digits": {"name": "digits"}}, "seeds": [0, 1], "commit": "0" * 40}
 # commands of the LaTeX kernel, then of booktabs, multirow, siunitx and graphicx (rotating brings an environment alone)
 COMMANDS = set(r"""\begin \end \centering \caption \label \smallskip \small \footnotesize \scriptsize \setlength \tabcolsep \linewidth \multicolumn \underline \textbf \bfseries \mdseries \phantom \rlap \shortstack
-    \ifdim \width \textwidth \else \fi \pm \downarrow \uparrow \approx \textsuperscript \textsubscript \ell \lambda \sigma \tau \mu \Delta \times \cdot \leq \geq \rightarrow \textbar \textless \textgreater \textasciitilde
+    \ifdim \width \textwidth \else \fi \pm \downarrow \uparrow \approx \textsuperscript \textsubscript \ell \lambda \sigma \tau \mu \Delta \times \cdot \leq \geq \rightarrow \surd \textbar \textless \textgreater \textasciitilde
     \toprule \midrule \bottomrule \cmidrule \addlinespace \multirow \sisetup \resizebox""".split())
 
 
