@@ -17,7 +17,8 @@ reproduce: $(READY)
 
 test: $(READY)
 	$(BIN)/nbdev-test --n-workers 2 nbs
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q tests/test_engine.py  # alone: it interrupts and kills runs at certain moments
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_engine.py tests
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
