@@ -46,7 +46,8 @@ class Project:
 
     def start(self, *arguments):
         return subprocess.Popen([DDKIT, "reproduce", "--only", "fig4", "--jobs", "2", *arguments], cwd=self.root, env=self.environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore Ctrl-C, and their children would
 
     def reproduce(self, *arguments):
         process = self.start(*arguments)
