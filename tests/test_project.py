@@ -82,6 +82,7 @@ def test_notebooks_are_clean(notebook):
     nb = nbformat.read(notebook, as_version=4)
     text = notebook.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|Users|work)/", text), "a path of somebody's machine"
+    assert set(nb.metadata) <= {"kernelspec", "language_info"}, "notebook metadata, such as the state of progress bars"
     for cell in nb.cells:
         assert set(cell.metadata) <= {"tags"}, "cell metadata; run nbdev-clean"
         assert not any(o.output_type == "error" for o in cell.get("outputs", [])), "a stored error"
