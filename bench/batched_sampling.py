@@ -11,8 +11,9 @@ import torch
 
 from ddkit.backbones import load_backbone
 from ddkit.data import load_data
-from ddkit.guidance import ManifoldGuidance, ModeGuidance
+from ddkit.methods import workshop_for
 from ddkit.profiles import load_profile
+from ddkit.recipes import plan_of
 from ddkit.sampling import sample_all
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -23,10 +24,9 @@ options = parser.parse_args()
 torch.set_num_threads(options.threads)
 
 profile = load_profile("digits", device="cpu")
-backbone, real = load_backbone(profile), load_data(profile).train
-labels = torch.arange(10).repeat_interleave(options.ipc)
-centroids = torch.cat([backbone.encode(real.batch(real.of_class(c)[:options.ipc])) for c in range(10)])  # any modes do
-guidance = (ModeGuidance(centroids) + ManifoldGuidance(centroids, radius=profile.radius)).until(profile.stop)
+backbone = load_backbone(profile)
+shop = workshop_for("manifoldgd-released", profile, options.ipc, data=load_data(profile), backbone=backbone)
+guidance, labels = plan_of(shop, "manifoldgd-released").guidance, shop.labels
 
 
 def run(batch_size):

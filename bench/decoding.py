@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddkit.data import decoded, read_image, scan_split
+from ddkit.decoding import decoded
+from ddkit.folders import scan_split
+from ddkit.images import read_image
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--images", type=int, default=1024)

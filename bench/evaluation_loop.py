@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from ddkit.data import ImageSet, load_data
+from ddkit.augmentations import COLOR_AXES, COLOR_VALUES, NORMALIZATIONS, cutmix_box
+from ddkit.data import load_data
+from ddkit.images import ImageSet
 from ddkit.networks import create_network
 from ddkit.profiles import load_profile, torch_device
-from ddkit.protocols import COLOR_AXES, COLOR_VALUES, NORMALIZATIONS, _prepare, count_hits, cutmix_box, train_networks, training_values
+from ddkit.protocols import training_values
+from ddkit.training import count_hits, make_resident, train_networks
 
 
 # --- the plain loop -----------------------------------------------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class PILImages(Dataset):
         if "color" in steps: image = color_jitter(image)
         array = np.atleast_3d(np.asarray(image, dtype=np.float32) / 255)
         if "lighting" in steps: array = array + np.array(COLOR_AXES) @ (np.random.normal(0, 0.1, 3) * COLOR_VALUES)
-        mean, std = NORMALIZATIONS[p.normalization]
+        mean, std = NORMALIZATIONS[p.normalization]()
         array = (array - np.array(mean)) / np.array(std)
         return torch.from_numpy(array.transpose(2, 0, 1).astype(np.float32)), self.labels[index]
 
@@ -110,7 +113,7 @@ def plain_loop(network, train, test, profile, epochs, tests, workers):
 def kit_loop(network, train, test, profile, epochs, tests, workers):
     device = next(network.parameters()).device
     yield
-    train, test = (_prepare(images, "the set", profile, 10, device) for images in (train, test))
+    train, test = (make_resident(images, "the set", profile, 10, device, "whole") for images in (train, test))
     training, hits = training_values(profile.replace(epochs=epochs), "hard", train.ipc, 10), []
     for epoch in train_networks([network], [train], training, profile, [0]):
         if epoch.number % (epochs // tests) == 0: hits.append(count_hits(network, test, profile, 10))

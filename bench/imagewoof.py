@@ -11,10 +11,11 @@ import time
 
 import torch
 
-from ddkit.data import ImageSet
+from ddkit.images import ImageSet
 from ddkit.networks import create_network
 from ddkit.profiles import load_profile, torch_device
-from ddkit.protocols import _prepare, _student, count_hits, evaluation_epochs, memory_format, needs_teacher, train_networks, training_values
+from ddkit.protocols import evaluation_epochs, needs_teacher, training_values
+from ddkit.training import count_hits, make_resident, memory_format, student, train_networks
 
 CLASSES = 10
 TEST_IMAGES = 3900
@@ -38,9 +39,9 @@ def now(device) -> float:
 def measure(name: str, profile, options, train: list[ImageSet], test: ImageSet) -> None:
     device = torch_device(profile)
     training = training_values(profile, options.protocol, len(train[0]) // CLASSES, CLASSES)
-    sets = [_prepare(images, "the set", profile, CLASSES, device) for images in train]
-    tests = _prepare(test, "the test set", profile, CLASSES, device, training.test_view)
-    networks = [_student(name, CLASSES, profile, seed, device, training) for seed in range(options.seeds)]
+    sets = [make_resident(images, "the set", profile, CLASSES, device, "whole") for images in train]
+    tests = make_resident(test, "the test set", profile, CLASSES, device, training.test_view)
+    networks = [student(name, CLASSES, profile, seed, device, training) for seed in range(options.seeds)]
     teacher = None
     if needs_teacher(profile, options.protocol): teacher = create_network(profile.teacher_network, CLASSES, profile.eval_size, norm="batch").to(device).eval().requires_grad_(False)
     epochs, passes, start = [], [], now(device)

@@ -25,22 +25,27 @@ def measure(method, profile, ipc):
 
     import torch
 
-    from ddkit import runs
-    from ddkit.methods import distill
+    from ddkit.cells import kind_of
+    from ddkit.methods import get_method, make_pixels, resolved_recipes, set_manifest
+    from ddkit.plugins import plugins_of
     from ddkit.profiles import load_profile, torch_device
+    from ddkit.sets import save_distilled
+    from ddkit.store import Store, one_thread
+    from ddkit.work import distill_cell, set_workshop
 
-    chosen, store = load_profile(profile), runs.Store()
-    cell = runs.distill_cell(chosen, method, ipc, 0)
-    given = runs.prepared_inputs(cell, store)
+    chosen, store = load_profile(profile), Store()
+    warm, cell = distill_cell(chosen, "dit", 1, 1), distill_cell(chosen, method, ipc, 0)
     cuda = torch_device(chosen).type == "cuda"
-    with runs.one_thread(chosen), tempfile.TemporaryDirectory() as folder:
-        distill("dit", chosen, ipc=1, seed=1, out=f"{folder}/warm")  # libraries loaded, generator in memory once
+    with plugins_of(chosen), one_thread(chosen), tempfile.TemporaryDirectory() as folder:
+        kind_of(warm).compute(warm, store.session, Path(folder) / "warm")  # libraries loaded, data and generator in memory
+        recipes, workshop = resolved_recipes(get_method(method), chosen), set_workshop(cell, store.session)
         gc.collect()
         if cuda: torch.cuda.reset_peak_memory_stats()
         else: Path("/proc/self/clear_refs").write_text("5")
         before = torch.cuda.memory_allocated() / 2**20 if cuda else resident("VmRSS")
         start = time.perf_counter()
-        distill(method, chosen, ipc=ipc, seed=0, out=f"{folder}/set", **given)
+        pixels = make_pixels(recipes, workshop)
+        save_distilled(pixels, workshop.labels, Path(folder) / "set", set_manifest(recipes, workshop))
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")
     print(json.dumps({"seconds": seconds, "memory": peak - before}))

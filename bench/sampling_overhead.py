@@ -11,9 +11,9 @@ import torch
 
 from ddkit.backbones import load_backbone
 from ddkit.data import load_data
-from ddkit.guidance import ManifoldGuidance, ModeGuidance
-from ddkit.modes import discover_modes
+from ddkit.methods import workshop_for
 from ddkit.profiles import load_profile
+from ddkit.recipes import plan_of
 from ddkit.sampling import sample_all
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -24,17 +24,12 @@ options = parser.parse_args()
 torch.set_num_threads(options.threads)
 
 profile = load_profile("digits", device="cpu")
-backbone, real = load_backbone(profile), load_data(profile).train
-latents = backbone.encode(real.images)
-labels = torch.arange(10).repeat_interleave(options.ipc)
-centroids = torch.cat([discover_modes(latents[real.of_class(c)].flatten(1), options.ipc).centroids for c in range(10)])
-mode = ModeGuidance(centroids, profile.mode_scale)
-geometry = dict(scale=profile.manifold_scale, radius=profile.radius, neighbours=profile.neighbours, tangent_dim=profile.tangent_dim,
-                bandwidth=profile.bandwidth, cloud_size=profile.cloud_size)
-released = ManifoldGuidance(centroids, **geometry)
-paper = ManifoldGuidance(centroids, variant="paper", latents=latents, latent_labels=real.labels, labels=labels, **geometry)
-guidances = {"unguided": None, "MGD³": mode.until(profile.stop), "ManifoldGD (released)": (mode + released).until(profile.stop),
-             "ManifoldGD (paper)": (mode + paper).until(profile.stop)}
+backbone, data = load_backbone(profile), load_data(profile)
+latents = backbone.encode(data.train.images)
+methods = {"unguided": "dit", "MGD³": "mgd3", "ManifoldGD (released)": "manifoldgd-released", "ManifoldGD (paper)": "manifoldgd"}
+shops = {name: workshop_for(method, profile, options.ipc, data=data, latents=latents, backbone=backbone) for name, method in methods.items()}
+guidances = {name: plan_of(shops[name], method).guidance for name, method in methods.items()}
+labels = shops["unguided"].labels
 
 
 def seconds(guidance):
@@ -47,7 +42,7 @@ def seconds(guidance):
 
 seconds(None)  # warm up
 times = [{name: seconds(guidance) for name, guidance in guidances.items()} for _ in range(options.rounds)]
-print(f"sampling {len(labels)} digits, {profile.steps} steps, guided until step {profile.stop}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
+print(f"sampling {len(labels)} digits, {profile.steps} steps, guided until step {guidances['MGD³'].stop}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
 for name in guidances:
     elapsed, busy = (statistics.median(t[name][i] for t in times) for i in (0, 1))
     ratio, busy_ratio = (statistics.median(t[name][i] / t["unguided"][i] for t in times) for i in (0, 1))

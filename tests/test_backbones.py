@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddkit.backbones import add_scales, load_backbone, prompts
+from ddkit.backbones import load_backbone, prompts, read_vae
+from ddkit.denoisers import add_scales
 from ddkit.profiles import load_profile
 from ddkit.sampling import sample
 
@@ -97,8 +98,7 @@ def test_old_attention_names_of_a_published_vae_are_read(tmp_path):
         renamed[name] = weight
     assert any(".proj_attn." in name for name in renamed)
     save_file(renamed, file, metadata={"format": "pt"})
-    from ddkit.backbones import _read_vae
-    read = _read_vae(profile_of(tmp_path))
+    read = read_vae(profile_of(tmp_path))
     assert all(torch.equal(weight, read.state_dict()[name]) for name, weight in vae.state_dict().items())
 
 
@@ -106,16 +106,15 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
     from diffusers import AutoencoderKL
     from safetensors.torch import load_file, save_file
 
-    from ddkit.backbones import _read_vae
     AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights.pop("encoder.conv_in.bias")
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks weights: encoder.conv_in.bias"): _read_vae(profile_of(tmp_path))
+    with pytest.raises(ValueError, match="lacks weights: encoder.conv_in.bias"): read_vae(profile_of(tmp_path))
     weights["encoder.conv_in.bias"] = torch.zeros(9)
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="cannot use vae of") as error: _read_vae(profile_of(tmp_path))
+    with pytest.raises(ValueError, match="cannot use vae of") as error: read_vae(profile_of(tmp_path))
     assert "\n" not in str(error.value)
 
 

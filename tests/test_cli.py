@@ -11,7 +11,9 @@ import nbformat
 import pytest
 
 from ddkit import cli
-from ddkit.methods import load_distilled
+from ddkit.papermilling import NotebookError, run_notebook
+from ddkit.profiles import SHIPPED
+from ddkit.sets import load_distilled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +49,19 @@ MISTAKES = {
     "distill random --profile smoke --ipc 0 --out {tmp}/out": "ipc = 0",
     "distill herding --profile smoke --ipc 500 --out {tmp}/out": "500",
     "distill mgd3 --profile smoke --ipc 500 --out {tmp}/out": "500",
-    "distill mgd3 --profile smoke --ipc 1 --set stop=60 --out {tmp}/out": "60",
+    "distill mgd3 --profile smoke --ipc 1 --set mgd3.stop=60 --out {tmp}/out": "60",
+    "distill mgd3 --profile smoke --ipc 1 --set stop=4 --out {tmp}/out": "write mgd3.stop and manifoldgd.stop",
+    "distill mgd3 --profile smoke --ipc 1 --set mgd3.scal=4 --out {tmp}/out": "did you mean mgd3.scale?",
+    "distill mgd3 --profile smoke --ipc 1 --set mdg3.scale=4 --out {tmp}/out": "did you mean 'mgd3'?",
+    "distill mgd3 --profile smoke --ipc 1 --set mgd3.scale=much --out {tmp}/out": "should be a number",
+    "distill mgd3 --profile smoke --ipc 1 --option scal=4 --out {tmp}/out": "did you mean 'scale'?",
+    "distill mgd3 --profile smoke --ipc 1 --option scale=much --out {tmp}/out": "should be a number",
+    "distill mgd3 --profile smoke --ipc 1 --option scale=1 --option scale=2 --out {tmp}/out": "is given twice",
+    "methods mdg3": "did you mean 'mgd3'?",
+    "protocols hrad": "did you mean 'hard'?",
+    "check digitz": "did you mean 'digits'?",
+    "init {tmp}/full": "exists and is not empty; nothing is overwritten",
+    "init {tmp}/full/file.txt": "exists; nothing is overwritten",
     "distill mgd3 --profile smoke --ipc 1 --set sampler=ddmp --out {tmp}/out": "did you mean 'ddpm'?",
     "distill mgd3 --profile smoke --ipc 1 --set steps=many --out {tmp}/out": "should be a whole number",
     "distill mgd3 --profile smoke --ipc 1 --set stepz=8 --out {tmp}/out": "did you mean 'steps'?",
@@ -108,7 +122,7 @@ def test_exit_code_and_line_of_the_real_command(tmp_path):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize("command", ["", *"distill evaluate measure run reproduce status profiles".split()])
+@pytest.mark.parametrize("command", ["", *"distill evaluate measure run reproduce status profiles methods check init".split()])
 def test_help_is_helpful(ddkit, command):
     code, out, err = ddkit(f"{command} --help")
     assert code == 0 and "Usage: ddkit" in out
@@ -150,6 +164,51 @@ def test_distil_evaluate_measure_and_status(ddkit, tmp_path):
     assert {p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*.png")} == {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*.png")}
 
 
+def test_methods_say_where_options_come_from(ddkit):
+    code, out, err = ddkit("methods 'ims3 + dap' --profile smoke")
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in out.splitlines() if line.startswith("  ")}
+    assert code == 0, err
+    assert rows["groups"][1] == "signature" and rows["real"] == ["20", "dap.real of profile smoke"]
+    assert rows["epochs"] == ["1", "difffit.epochs of profile smoke"]  # of the preparation, by its family
+    assert "im (of the family difffit" in out.replace("prepared first: ", "") or "family difffit" in out
+
+
+def test_set_and_option_lead_to_the_same_set(ddkit, tmp_path):
+    ddkit(f"distill dap --profile smoke --ipc 1 --set dap.scale=3 --out {tmp_path / 'a'}")
+    ddkit(f"distill dap --profile smoke --ipc 1 --option scale=3 --out {tmp_path / 'b'}")
+    a, b = ((tmp_path / name / "manifest.json").read_text() for name in "ab")
+    assert a == b and json.loads(a)["options"]["scale"] == 3
+
+
+def test_check_finds_a_line_that_reaches_nobody(ddkit, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[mine]\ninherits = digits\ndap.scal = 3\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ddkit("check mine")
+    assert code == 1 and "dap.scal of profile 'mine': nobody takes it; did you mean dap.scale?" in out
+    assert ddkit("check digits")[0] == 0
+
+
+# a project of one's own
+
+def test_init_writes_a_project_that_works(ddkit, tmp_path, monkeypatch):
+    assert ddkit(f"init {tmp_path / 'mine'}")[0] == 0
+    monkeypatch.chdir(tmp_path / "mine")
+    before = {p: p.read_bytes() for p in Path.cwd().iterdir()}
+    code, out, err = ddkit("check mine")
+    assert code == 0, out + err
+    assert "typical.power of profile mine" in ddkit("methods typical --profile mine")[1]
+    assert [line.split()[0] for line in ddkit("profiles")[1].splitlines()[:3]] == ["profile", "mine", "digits"]
+    code, out, err = ddkit(f"run first_steps.ipynb --out {tmp_path / 'out.ipynb'}")
+    assert code == 0, err
+    text = json.dumps(nbformat.read(tmp_path / "out.ipynb", 4))
+    assert "image/png" in text and "frechet_distance" in text
+    assert {p: p.read_bytes() for p in Path.cwd().iterdir() if p.is_file()} == before
+
+
+def test_the_shipped_settings_are_the_checkouts():
+    assert (SHIPPED / "settings.ini").read_text() == (ROOT / "settings.ini").read_text(), "cp settings.ini ddkit/assets/"
+
+
 # notebooks
 
 def test_run_passes_parameters_and_stamps_completion(ddkit, tmp_path):
@@ -173,7 +232,6 @@ def test_a_notebook_that_fails_is_no_result(ddkit, tmp_path, source, told):
 
 
 def test_a_cell_that_takes_too_long_is_a_failure(tmp_path):
-    from ddkit.runs import NotebookError, run_notebook
     book = notebook(tmp_path / "book.ipynb", "profile = 'digits'", "import time; time.sleep(60)")
     with pytest.raises(NotebookError, match="longer than 1 s"): run_notebook(book, {}, tmp_path / "out.ipynb", timeout=1)
     assert not (tmp_path / "out.ipynb").exists()

@@ -15,8 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddkit import data
-from ddkit.data import archive, class_lists, decoded, imagenet_indices, load_data, load_folder_data, mapped, read_image, scan_split
+from ddkit import decoding
+from ddkit.data import load_data, load_folder_data
+from ddkit.decoding import decoded, mapped
+from ddkit.folders import archive, class_lists, imagenet_indices, scan_split
+from ddkit.images import read_image
 from ddkit.profiles import load_profile
 
 WOOF = [c.wnid for c in class_lists()["imagewoof"]]
@@ -25,16 +28,17 @@ SIZE = 32
 # a process that decodes a split on its own, slowly, and leaves a line for every chunk it decodes
 DECODES = """
 import sys, time
-from ddkit import data
+from ddkit import decoding
+from ddkit.folders import scan_split
 
-plain = data._decode_chunk
+plain = decoding._decode_chunk
 def slow(chunk, *rest):
     time.sleep(float(sys.argv[4]))
     with open(sys.argv[3], "a") as marks: marks.write(f"{chunk}\\n")
     return plain(chunk, *rest)
 
-data._decode_chunk = slow
-print(len(data.decoded(data.scan_split(sys.argv[1]), 32, 3, sys.argv[2], workers=1)))
+decoding._decode_chunk = slow
+print(len(decoding.decoded(scan_split(sys.argv[1]), 32, 3, sys.argv[2], workers=1)))
 """
 
 
@@ -69,8 +73,8 @@ def cache(tmp_path):
 @pytest.fixture
 def chunks_decoded(monkeypatch):
     """The numbers of the chunks that are decoded in this process."""
-    done, plain = [], data._decode_chunk
-    monkeypatch.setattr(data, "_decode_chunk", lambda chunk, *rest: (done.append(chunk), plain(chunk, *rest))[1])
+    done, plain = [], decoding._decode_chunk
+    monkeypatch.setattr(decoding, "_decode_chunk", lambda chunk, *rest: (done.append(chunk), plain(chunk, *rest))[1])
     return done
 
 
@@ -159,7 +163,7 @@ def test_a_damaged_array_is_noticed_and_mended(damage, again, train, cache, chun
     decoded(listing, SIZE, cache=cache)
     array = only_entry(cache) / "pixels.npy"
     whole, time_of = array.read_bytes(), array.stat().st_mtime_ns
-    chunk = data.CHUNK * 3 * SIZE**2
+    chunk = decoding.CHUNK * 3 * SIZE**2
     with open(array, "r+b") as file:
         if damage == "byte": file.seek(128 + 2 * chunk + 5); file.write(bytes([whole[128 + 2 * chunk + 5] ^ 1]))
         if damage == "short": file.truncate(128 + 4 * chunk - 1)
@@ -187,7 +191,7 @@ def test_a_changed_file_is_another_entry_in_the_old_ones_place(own_train, cache,
     Image.new("RGB", (50, 40), (255, 0, 0)).save(name)
     listing = scan_split(own_train)
     assert_as_read(decoded(listing, SIZE, cache=cache), listing)
-    assert only_entry(cache).name != data._entry(before, SIZE, 3, cache).folder.name and chunks_decoded.count(0) == 2
+    assert only_entry(cache).name != decoding._entry(before, SIZE, 3, cache).folder.name and chunks_decoded.count(0) == 2
     if sys.platform == "linux": assert torch.equal(first.pixels, copied)  # whoever has mapped the old one keeps it
     (own_train / WOOF[0] / ".DS_Store").write_text("hidden")
     assert scan_split(own_train).digest == listing.digest
@@ -199,21 +203,21 @@ def test_only_entries_whose_files_have_changed_are_removed(own_train, cache, tmp
     kept = [(scan_split(tmp_path / "elsewhere" / "train"), SIZE, 3), (scan_split(own_train, WOOF[::-1]), SIZE, 3), (scan_split(own_train, WOOF[:5]), SIZE, 3), (scan_split(own_train), 8, 3), (scan_split(own_train), SIZE, 1)]
     old = scan_split(own_train)
     for what in [*kept, (old, SIZE, 3)]: decoded(*what, cache=cache)
-    entries = [data._entry(*what, cache) for what in kept]
+    entries = [decoding._entry(*what, cache) for what in kept]
     abandoned, foreign = cache / "unfinished-train-32-abc", cache / "notes"
     for folder in (abandoned, foreign): folder.mkdir()
-    (abandoned / "entry.json").write_text((data._entry(old, SIZE, 3, cache).folder / "entry.json").read_text())
+    (abandoned / "entry.json").write_text((decoding._entry(old, SIZE, 3, cache).folder / "entry.json").read_text())
     (foreign / "entry.json").write_text("[]")
     name = own_train / WOOF[0] / f"{WOOF[0]}_0.JPEG"
     os.utime(name, ns=(0, name.stat().st_mtime_ns + 1))
-    busy = data._entry(old, SIZE, 3, cache)
+    busy = decoding._entry(old, SIZE, 3, cache)
     monkeypatch.chdir(own_train.parent)
     new = scan_split("train")  # the same folder by another name
-    with data._lock(busy): decoded(new, SIZE, cache=cache)
+    with decoding._lock(busy): decoded(new, SIZE, cache=cache)
     assert busy.folder.exists() and not abandoned.exists()  # somebody works on it
-    shutil.rmtree(data._entry(new, SIZE, 3, cache).folder)
+    shutil.rmtree(decoding._entry(new, SIZE, 3, cache).folder)
     decoded(new, SIZE, cache=cache)
-    assert {path.name for path in cache.iterdir()} == {entry.folder.name for entry in [*entries, data._entry(new, SIZE, 3, cache)]} | {"locks", "notes"}
+    assert {path.name for path in cache.iterdir()} == {entry.folder.name for entry in [*entries, decoding._entry(new, SIZE, 3, cache)]} | {"locks", "notes"}
 
 
 def test_all_damaged_files_are_named_at_once(own_train, cache):
@@ -232,7 +236,7 @@ def test_all_damaged_files_are_named_at_once(own_train, cache):
 
 
 def test_a_full_disk_is_said_before_decoding(train, cache, monkeypatch, chunks_decoded):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(ValueError, match=r"needs 0\.0 GB and .* has 0\.0 GB free; set `cache = /path`"): decoded(scan_split(train), SIZE, cache=cache)
     assert chunks_decoded == []
 
@@ -247,14 +251,15 @@ def test_a_split_larger_than_memory_costs_only_what_is_read(tmp_path):
     code = f"""
 import json, sys, resource, torch
 from pathlib import Path
-from ddkit import data
-listing = data.Listing("/nowhere/train", ["a", "b"], [[str(i) for i in range(640000)]] * 2, "digest")
-entry = data._entry(listing, 256, 3, Path({str(tmp_path)!r}))
+from ddkit import decoding
+from ddkit.folders import Listing
+listing = Listing("/nowhere/train", ["a", "b"], [[str(i) for i in range(640000)]] * 2, "digest")
+entry = decoding._entry(listing, 256, 3, Path({str(tmp_path)!r}))
 entry.folder.mkdir()
 with open(entry.folder / "pixels.npy", "wb") as file: file.write(entry.header); file.truncate(len(entry.header) + len(listing) * entry.image_bytes)
-(entry.folder / "entry.json").write_text(json.dumps({{"stamp": data._stamp(entry.folder)}}))
+(entry.folder / "entry.json").write_text(json.dumps({{"stamp": decoding._stamp(entry.folder)}}))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-images = data.decoded(listing, 256, 3, {str(tmp_path)!r})
+images = decoding.decoded(listing, 256, 3, {str(tmp_path)!r})
 batch = images.batch(images.of_class(1)[torch.randint(640000, (64,))])
 try: images.images
 except ValueError as error: print(error)

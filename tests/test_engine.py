@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ddkit import cli, runs
+from ddkit.engine import first_free, gpu_slot
+from ddkit.store import Store, problem
 
 ROOT = Path(__file__).resolve().parent.parent
 DDKIT = Path(sys.executable).parent / "ddkit"
@@ -22,7 +23,8 @@ inherits = smoke
 ipcs = 1
 seeds = 0 1
 steps = 2
-stop = 1
+mgd3.stop = 1
+manifoldgd.stop = 1
 epochs = 1
 full_epochs = 1
 features = judge
@@ -81,7 +83,7 @@ class Project:
         shutil.rmtree(next(folder for folder, text in self.cells().items() if json.loads(text)["cell"] == "measure judge random ipc 1 seed 0"))
 
     def assert_all_intact(self):
-        for folder in self.cells(): assert runs.problem(folder, thorough=True) is None
+        for folder in self.cells(): assert problem(folder, thorough=True) is None
 
     def assert_nothing_runs(self):
         end = time.monotonic() + 10
@@ -188,10 +190,11 @@ def test_snakemake_by_hand(project):
 
 
 def test_a_failing_cell_is_explained_and_the_rest_is_done(project):
-    """A plugin's method takes part in every artefact; here it fails."""
+    """A plugin's method takes part in every artefact; here it fails, for both of its seeds."""
     code, out, err = project.reproduce("--profile", "broken")
     assert code == 1 and "39 cells, 33 in runs, 6 to compute" in out
-    assert "failed: distill broken ipc 1 seed 0: no ink left" in out and "RuntimeError: no ink left" in err
+    for seed in (0, 1): assert f"failed: distill broken ipc 1 seed {seed}: no ink left" in out
+    assert "RuntimeError: no ink left" in err
     log = next(line.removeprefix("--- ") for line in err.splitlines() if line.startswith("--- runs/plans"))
     assert "no ink left" in (project.root / log).read_text() and "goes on from there" in err
     assert not (project.root / "figures/broken").exists() and len(project.cells()) == 33
@@ -207,9 +210,16 @@ def test_a_failing_cell_is_explained_and_the_rest_is_done(project):
     assert "broken" in (project.root / "figures/broken/manifoldgd/fig4.json").read_text()
 
 
+def test_outside_a_checkout_it_says_so(project, tmp_path):
+    (tmp_path / "settings.ini").write_text("[mine]\ninherits = smoke\n")
+    done = subprocess.run([DDKIT, "reproduce", "--profile", "mine"], cwd=tmp_path, env=project.environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "the package does not contain; clone the kit" in done.stderr and done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.ini"]
+
+
 def test_a_second_head_waits_for_the_first(project):
     project.drop_a_measurement()
-    with runs.Store(project.runs)._lock("engine"):
+    with Store(project.runs).lock_named("engine"):
         head = project.start("--profile", "tiny")
         assert head.stdout.readline().startswith("another `ddkit reproduce` works on this store")
         time.sleep(0.5)
@@ -221,13 +231,13 @@ def test_a_second_head_waits_for_the_first(project):
 def test_each_worker_gets_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("DDKIT_GPUS", "4,7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    store, seen = runs.Store(tmp_path), []
-    with cli.gpu_slot(store):
+    store, seen = Store(tmp_path), []
+    with gpu_slot(store):
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        with cli.gpu_slot(store):
+        with gpu_slot(store):
             seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-            assert cli._first_free(store, ["4", "7"]) is None  # a third would wait
-    with cli.gpu_slot(store): seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            assert first_free(store, ["4", "7"]) is None  # a third would wait
+    with gpu_slot(store): seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["4", "7", "4"]
     monkeypatch.delenv("DDKIT_GPUS")
-    with cli.gpu_slot(store): pass  # without the variable nothing is chosen
+    with gpu_slot(store): pass  # without the variable nothing is chosen

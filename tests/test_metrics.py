@@ -14,9 +14,11 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 from sklearn.neighbors import NearestNeighbors
 
-from ddkit import metrics
+from ddkit import inception, metrics
 from ddkit.backbones import linear_alphas_cumprod
-from ddkit.metrics import FIDInception, inception_features, load_inception, measure, negative_log_likelihood
+from ddkit.inception import FIDInception, inception_features, load_inception
+from ddkit.metrics import measure
+from ddkit.probes import negative_log_likelihood
 
 # --- every metric, beside another implementation ----------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ def test_features_are_those_of_torch_fidelity(tmp_path, size):
 def test_resize_is_tensorflows(weights):
     """Pixel by pixel, as the definition has it."""
     image = pictures(7, 400, 1)[0, 0].double().numpy()
-    found = metrics.tensorflow_resize(torch.tensor(image)[None, None])[0, 0]
+    found = inception.tensorflow_resize(torch.tensor(image)[None, None])[0, 0]
     for row, column in [(0, 0), (298, 298), (150, 3), (37, 200), (298, 0)]:
         y, x = row * 7 / 299, column * 400 / 299
         i, j = int(y), int(x)
@@ -192,7 +194,7 @@ def test_automatic_weights_are_those_of_torchs_cache_and_never_downloaded(tmp_pa
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     with pytest.raises(FileNotFoundError) as caught: inception_features(pictures(8, 8), "auto")
-    assert str(place) in str(caught.value) and metrics.INCEPTION_ADDRESS in str(caught.value) and "\n" not in str(caught.value)
+    assert str(place) in str(caught.value) and inception.INCEPTION_ADDRESS in str(caught.value) and "\n" not in str(caught.value)
     assert not place.exists()
     place.parent.mkdir()
     place.symlink_to(weights)

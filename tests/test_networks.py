@@ -1,4 +1,4 @@
-"""The networks beyond what their notebook shows: real passes at the published sizes, training, and what an import costs."""
+"""The networks beyond what their notebook shows: passes at the published sizes, training, names, and what an import costs."""
 
 import subprocess
 import sys
@@ -8,9 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from ddkit.data import load_digits_data
-from ddkit.networks import create_network, network_names
+from ddkit.networks import NETWORKS, NORMS, create_network, network_names
 
 GLAD = ("alexnet", "vgg11", "resnet18glad", "vit")
+
+
+def test_the_papers_networks_come_first():
+    assert network_names()[:5] == ["convnet6", "resnetap10", "resnet18", "resnet50", "resnet101"]  # the order of tables
+    assert list(NORMS) == ["instance", "batch"]
+
+
+def test_makers_are_functions_of_the_module():
+    "Found by name, so that the key of a result can be read from their code."
+    import ddkit.networks as module
+    for name in NETWORKS: assert getattr(module, NETWORKS[name].__name__) is NETWORKS[name], name
+    for name in NORMS: assert getattr(module, NORMS[name].__name__) is NORMS[name], name
 
 
 def test_transformers_is_imported_only_for_the_networks_that_come_from_it():

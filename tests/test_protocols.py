@@ -1,4 +1,8 @@
-"""Protocols beyond what the notebook shows: where images live, stored labels, running statistics, memory-mapped sets, every protocol from start to end."""
+"""Training and protocols beyond what their notebooks show.
+
+Where images live, stored labels, running statistics, memory-mapped sets, weight decay, every protocol from start to end,
+and what a result depends on."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -7,15 +11,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ddkit import protocols
-from ddkit.data import ImageSet, RealData, load_digits_data
-from ddkit.networks import create_network
+from ddkit import protocols, training
+from ddkit.augmentations import check_steps
+from ddkit.data import load_digits_data
+from ddkit.images import ImageSet, RealData
+from ddkit.networks import create_network, network_names
 from ddkit.profiles import Training, load_profile
-from ddkit.protocols import (Teacher, evaluate, evaluate_together, get_protocol, imagenet_rows, load_teacher, make_batch, needs_teacher, protocol_names, real_epochs, stream, teacher_loss,
-                             train_networks, train_on_real, training_values)
+from ddkit.protocols import (
+    PROTOCOLS, Teacher, evaluate, evaluate_together, get_protocol, imagenet_rows, load_teacher, needs_teacher, protocol,
+    protocol_names, real_epochs, teacher_from_file, teacher_from_weights, train_and_test, train_on_real, training_values,
+)
+from ddkit.registry import Registry
+from ddkit.training import ask, make_batch, make_optimizer, make_resident, matrix_names, stream, student, teacher_loss, train_networks
 
 torch.set_num_threads(1)
-SMOKE, DIGITS, WOOF = load_profile("smoke"), load_profile("digits"), load_profile("imagewoof")
+SMOKE, WOOF, CPU = load_profile("smoke"), load_profile("imagewoof").replace(device="cpu"), torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,7 @@ RELEASED = {  # ten classes with ten images each, ResNet-18
 def test_released_values_on_the_papers_profile(name):
     values = training_values(WOOF, name, 10, 10)
     assert {column: getattr(values, column) for column in COLUMNS} == dict(zip(COLUMNS, RELEASED[name]))
-    protocols.check_steps(WOOF, values)
+    check_steps(WOOF, values)
 
 
 def test_every_protocol_of_the_kit_has_a_row():
@@ -72,7 +82,7 @@ def test_every_protocol_of_the_kit_has_a_row():
 def test_bytes_on_the_host_give_the_same_run(few, data, teacher, monkeypatch):
     larger = ImageSet(F.interpolate(few.pixels, size=(24, 24)), few.labels)
     here = evaluate(larger, SMOKE, "convnet6", "soft", data=data, teacher=teacher)
-    monkeypatch.setattr(protocols, "fits", lambda count, device: False)
+    monkeypatch.setattr(training, "fits", lambda count, device: False)
     there = evaluate(larger, SMOKE, "convnet6", "soft", data=data, teacher=teacher)
     assert here.curve == there.curve and here.losses == there.losses
     assert all(torch.equal(a, b) for a, b in zip(here.network.state_dict().values(), there.network.state_dict().values()))
@@ -83,9 +93,9 @@ def test_a_memory_mapped_set_is_read_by_batches(few, data, tmp_path, monkeypatch
     stored = np.lib.format.open_memmap(tmp_path / "pixels.npy", "w+", np.uint8, (40, 1, 20, 20))
     stored[:] = F.interpolate(few.pixels, size=(20, 20)).numpy()
     mapped = ImageSet(torch.from_numpy(stored), few.labels)
-    seen, view = [], protocols.VIEWS["whole"]
-    monkeypatch.setitem(protocols.VIEWS, "whole", lambda pixels, size: seen.append(len(pixels)) or view(pixels, size))
-    monkeypatch.setattr(protocols, "fits", lambda count, device: count < 20_000 and device.type != "cpu")
+    seen, view = [], training.VIEWS["whole"]
+    monkeypatch.setattr(training, "VIEWS", {"whole": lambda pixels, size: seen.append(len(pixels)) or view(pixels, size)})
+    monkeypatch.setattr(training, "fits", lambda count, device: count < 20_000 and device.type != "cpu")
     evaluate(mapped, SMOKE.replace(eval_batch_size=16, epochs=1, evaluations=1), "convnet6", data=data)
     assert max(seen) <= 32  # a batch, or a test batch
 
@@ -96,8 +106,9 @@ def test_stored_labels_are_the_same_for_every_seed(few, data, teacher):
     assert torch.equal(*batches)
     own = [make_batch(few.pixels, few.labels, values, "half", stream(replace(values, labels="soft"), seed)).images for seed in (0, 1)]
     assert not torch.equal(*own)
-    told = protocols.ask(teacher, batches[0], values)
-    assert torch.equal(told, told.half().float()) and not torch.equal(told, protocols.ask(teacher, batches[0], replace(values, labels="soft")))
+    told = ask(teacher, batches[0], values)
+    assert torch.equal(told, told.half().float())
+    assert not torch.equal(told, ask(teacher, batches[0], replace(values, labels="soft")))
     a, b = (evaluate(few, SMOKE, "convnet6", "soft-sre2l", seed, data, teacher=teacher) for seed in (0, 1))
     assert a.losses != b.losses  # their initial weights differ
 
@@ -105,10 +116,10 @@ def test_stored_labels_are_the_same_for_every_seed(few, data, teacher):
 def test_soft_statistics_are_those_of_a_double_pass(few, data, teacher):
     "RDED's trainer runs the student twice on every batch; a momentum of 0.19 leaves the same running statistics."
     values = replace(training_values(SMOKE, "soft", 4, 10), epochs=2)
-    images = protocols._prepare(few, "the set", SMOKE, 10, torch.device("cpu"))
-    ours = protocols._student("resnet18", 10, SMOKE, 0, torch.device("cpu"), values)
+    images = make_resident(few, "the set", SMOKE, 10, CPU, "whole")
+    ours = student("resnet18", 10, SMOKE, 0, CPU, values)
     for _ in train_networks([ours], [images], values, SMOKE, [0], teacher): pass
-    theirs, draws = protocols._student("resnet18", 10, SMOKE, 0, torch.device("cpu"), replace(values, norm_passes=1)), stream(values, 0)
+    theirs, draws = student("resnet18", 10, SMOKE, 0, CPU, replace(values, norm_passes=1)), stream(values, 0)
     matrices = [p for p in theirs.parameters() if p.ndim > 1]; rest = [p for p in theirs.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], lr=values.learning_rate, betas=(0.9, 0.999), weight_decay=0.01)
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 * (1 + np.cos(np.pi * epoch / values.epochs / 2)))
@@ -137,7 +148,7 @@ class Dropping(nn.Module):
 
 
 def test_dropout_has_random_numbers_of_its_own(few, data, monkeypatch):
-    monkeypatch.setattr(protocols, "create_network", Dropping)
+    monkeypatch.setattr(training, "create_network", Dropping)
     before = torch.get_rng_state()
     first = evaluate(few, SMOKE, "convnet6", data=data)
     torch.rand(7); other_state = torch.get_rng_state()
@@ -220,9 +231,9 @@ def test_what_is_known_about_a_teacher_travels_with_it(few, data, teacher, monke
 
 
 def test_noisy_networks_share_one_teacher_and_prepare_each_set_once(few, data, monkeypatch):
-    loaded, prepared, load, prepare = [], [], protocols.load_teacher, protocols._prepare
+    loaded, prepared, load, prepare = [], [], protocols.load_teacher, protocols.make_resident
     monkeypatch.setattr(protocols, "load_teacher", lambda *args: loaded.append(args) or load(*args))
-    monkeypatch.setattr(protocols, "_prepare", lambda source, *args: prepared.append(source) or prepare(source, *args))
+    monkeypatch.setattr(protocols, "make_resident", lambda source, *args: prepared.append(source) or prepare(source, *args))
     others = ImageSet(few.pixels.flip(3), few.labels)
     scores = evaluate_together([few, others], SMOKE.replace(full_epochs=1, **{"soft.epochs": 1}), "mobilenetv2", "soft", (0, 1), data)
     assert len(loaded) == 1 and scores[0].settings["teacher"] == scores[1].settings["teacher"]
@@ -243,10 +254,83 @@ def test_rows_of_imagenet_keep_the_order_of_the_data(data):
 def mine(profile, ipc, classes): return Training(1, 1, 0.1, 0.0)
 
 
-def test_a_taken_name_of_a_protocol_is_refused(monkeypatch):
-    monkeypatch.setattr(protocols, "PROTOCOLS", dict(protocols.PROTOCOLS))
+def test_a_taken_name_of_a_protocol_is_refused():
     hard = get_protocol("hard")
-    with pytest.raises(ValueError, match="a protocol named 'hard' exists already; register yours under another name"): protocols.protocol("hard", "", "")(mine)
+    with pytest.raises(ValueError, match="protocol 'hard' exists already"): protocol("hard", "", "")(mine)
     assert get_protocol("hard") is hard
-    for about in ("first", "again"): protocols.protocol("mine", about, "")(mine)  # as when a cell is run twice
-    assert get_protocol("mine").about == "again"
+    try:
+        for about in ("first", "again"): protocol("mine", about, "")(mine)  # as when a cell is run twice
+        assert get_protocol("mine").about == "again"
+    finally: PROTOCOLS.remove("mine")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name, spared", [
+    ("resnet18", set()), ("convnet6", set()), ("vit", {"class_token", "position"}),
+    ("vitb16", {"body.embeddings.cls_token", "body.embeddings.position_embeddings"})])
+def test_only_matrices_that_are_called_a_weight_decay(name, spared, optimizer):
+    "As released, by RDED: a matrix of another name, such as a class token, keeps its size."
+    network = create_network(name, 10, 16, 1, 1 / 8, norm="batch")
+    matrices, values = matrix_names(network), Training(1, 1, 0.1, 0.01, optimizer=optimizer, decayed="matrices")
+    before = {part: weight.detach().clone() for part, weight in network.named_parameters()}
+    steps = make_optimizer(dict(network.named_parameters()), values, matrices)
+    for weight in network.parameters(): weight.grad = torch.zeros_like(weight)
+    steps.step()  # without gradients, only the decay moves a weight, by a share of 0.1 · 0.01
+    moved = {part for part, weight in network.named_parameters() if not torch.equal(weight, before[part])}
+    assert moved == matrices - spared and spared < matrices
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_everything_decays_unless_a_protocol_spares_it(name):
+    network = create_network(name, 10, 16, 1, 1 / 8)
+    (group,) = make_optimizer(dict(network.named_parameters()), Training(1, 1, 0.1, 0.01), matrix_names(network)).param_groups
+    assert len(group["params"]) == len(list(network.parameters())) and group["weight_decay"] == 0.01
+
+
+class Watched:
+    "A profile that notes which of its fields are read."
+    def __init__(self, profile): self.profile, self.read = profile, set()
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.profile, name)
+
+
+SEEN = {"device", "eval_size", "channels", "network_width", "normalization", "precision", "memory_format"}
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_training_reads_no_field_that_a_protocol_is_made_of(name, few, data, teacher, monkeypatch):
+    values = training_values(SMOKE, name, 4, 10)
+    gives = None if values.labels == "hard" else Teacher(teacher, "given", 0.0, "resnet18")
+    told = evaluate(few, SMOKE, "resnet18", name, data=data, teacher=gives)
+    monkeypatch.setattr(protocols, "PROTOCOLS", Registry("protocol"))  # none is known any more
+    watched = Watched(SMOKE)
+    (core,) = train_and_test([few], watched, "resnet18", values, [0], data, gives, name)
+    assert watched.read == SEEN
+    assert core.curve == told.curve and core.losses == told.losses
+    assert core.settings | {"source": told.settings["source"]} == told.settings
+
+
+def test_a_ready_teacher_needs_no_protocol(data, teacher, three, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "PROTOCOLS", Registry("protocol"))
+    watched = Watched(SMOKE)
+    loaded = teacher_from_weights(watched, data, teacher.state_dict(), 50.0)
+    assert (loaded.accuracy, loaded.name) == (50.0, "resnet18") and watched.read == SEEN - {"normalization"} | {"teacher_network"}
+    torch.save(create_network("resnet18", 3, norm="batch").state_dict(), tmp_path / "three.pth")
+    watched = Watched(WOOF.replace(teacher=str(tmp_path / "three.pth")))
+    assert teacher_from_file(watched, three).accuracy in (0, 100 / 3, 200 / 3, 100)
+    assert watched.read == SEEN - {"network_width", "memory_format"} | {"teacher_network", "teacher"}
+
+
+def test_a_teacher_without_a_name_is_the_profiles(few, data, teacher):
+    said = evaluate(few, SMOKE, "convnet6", "soft", data=data, teacher=Teacher(teacher, "given", 0.0)).settings["teacher"]
+    assert said["network"] == SMOKE.teacher_network
+    said = evaluate(few, SMOKE, "convnet6", "soft", data=data, teacher=Teacher(teacher, "given", 0.0, "mine")).settings["teacher"]
+    assert said["network"] == "mine"
+
+
+def test_test_images_at_a_time_change_nothing_but_time(few, data):
+    values = training_values(SMOKE, "hard", 4, 10)
+    first, other = (train_and_test([few], SMOKE, "convnet6", values, [0], data, test_batch=size)[0] for size in (128, 50))
+    assert first.losses == other.losses  # training sees nothing of it
+    np.testing.assert_allclose([a for _, a in first.curve], [a for _, a in other.curve], atol=100 / 540 * 1.5)  # rounding may decide one image

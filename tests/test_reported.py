@@ -25,7 +25,7 @@ def read(id: str) -> pd.DataFrame:
 
 def known(field: str) -> set[str]:
     """The kit's names of methods, networks or datasets, read from its source (importing it would import torch)."""
-    tree = ast.parse((ROOT / "ddkit/reports.py").read_text())
+    tree = ast.parse((ROOT / "ddkit/labels.py").read_text())
     assigned = {target.id: node.value for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
     labels = {key.value: value for key, value in zip(assigned["LABELS"].keys, assigned["LABELS"].values)}
     names = assigned["METHOD_LABELS"] if field == "method" else labels[field]

@@ -8,7 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ddkit.reports import COLUMN_WIDTH, figure_style, results_table, save_figure, save_table, write_index, write_writeup
+from ddkit.figures import figure_style
+from ddkit.labels import COLUMN_WIDTH
+from ddkit.reports import save_figure, save_table, write_index, write_writeup
+from ddkit.tables import results_table
 
 KIT = Path(__file__).parent.parent
 MAIN = KIT / "writeup" / "main.tex"

@@ -1,0 +1,192 @@
+"""What a cell's key depends on: all the code that computing it enters, all the values that it reads, and nothing else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddkit
+from ddkit import cells, code
+from ddkit.cells import KINDS, Cell, code_of, kind_of
+from ddkit.profiles import FILES, HOW, Profile, load_profile
+from ddkit.store import Store
+from ddkit.work import distill_cell, encode_cell, evaluate_cell, features_cell, finetune_cell, measure_cell
+
+SMOKE = load_profile("smoke")
+KIT = Path(ddkit.__file__).resolve().parent
+# what finds names, keeps cells and hands results over decides none of them
+MACHINERY = {"registry", "plugins", "facts", "code", "fingerprints", "cells", "store"}
+
+REPRESENTATIVES = [  # every kind, and the methods, networks and protocols that take different ways
+    encode_cell(SMOKE), finetune_cell(SMOKE, "minimax"), finetune_cell(SMOKE, "im-released"), finetune_cell(SMOKE, "inversion"),
+    finetune_cell(SMOKE, "surrogate"),
+    *(distill_cell(SMOKE, method, 2) for method in ("random", "herding", "dit", "mgd3", "manifoldgd", "manifoldgd-released", "mgd3 + dap",
+                                                    "minimax", "ims3", "d4m", "d3hr", "cao2", "igd")),
+    distill_cell(SMOKE.replace(sampler="ddim"), "mgd3", 2), distill_cell(SMOKE, "mgd3", 2, modes="gmm"),
+    evaluate_cell(SMOKE, "full", 0, 0, "resnet18"), evaluate_cell(SMOKE, "random", 2, 0, "convnet6"), evaluate_cell(SMOKE, "random", 2, 0, "vit"),
+    evaluate_cell(SMOKE, "random", 2, 0, "resnetap10", "soft"), evaluate_cell(SMOKE, "random", 2, 0, "convnet6", "soft-sre2l"),
+    evaluate_cell(SMOKE, "random", 2, 0, "convnet6", "hard-d3hr"), evaluate_cell(SMOKE, "random", 2, 0, "convnet6", "hard-ims3"),
+    features_cell(SMOKE, "mgd3", 2), features_cell(SMOKE, "full", extractor="denoiser"), features_cell(SMOKE, "mgd3", 2, extractor="denoiser"),
+    measure_cell(SMOKE, "mgd3", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("keys") / "runs")
+
+
+def entered_by(act) -> set[str]:
+    """Qualified names of the kit's functions (methods with their class, what is nested with what it is nested in) that `act` enters."""
+    entered = set()
+
+    def note(frame, event, _):
+        if event != "call" or not frame.f_code.co_filename.startswith(str(KIT)): return
+        module, name = Path(frame.f_code.co_filename).stem, frame.f_code.co_qualname.split(".<locals>")[0]
+        if module not in MACHINERY and not name.startswith("<"): entered.add(f"ddkit.{module}.{name}")
+
+    sys.setprofile(note)
+    try: act()
+    finally: sys.setprofile(None)
+    return entered
+
+
+def compute(cell: Cell, store: Store, folder: Path) -> None:
+    """Compute a cell as the store does, without keeping it, and with nothing shared from before."""
+    folder.mkdir()
+    fresh = Store(store.root)
+    with cells.plugins_of(cell.profile): kind_of(cell).compute(cell, fresh.session, folder)
+
+
+DISPLAY = ("__repr__", "__str__", "_repr_markdown_", "__init_subclass__")
+
+
+@pytest.mark.parametrize("cell", REPRESENTATIVES, ids=str)
+def test_all_code_that_is_entered_is_in_the_key(cell, store, tmp_path):
+    for up in cell.inputs: store.compute(up)
+    entered = {name for name in entered_by(lambda: compute(cell, store, tmp_path / "payload")) if name.rsplit(".")[-1] not in DISPLAY}
+    known, before = set(code_of(cell).definitions), cell.key
+    assert len(entered) > 5 and entered <= known, sorted(entered - known)
+    for name in sorted(entered):  # and each of them counts
+        assert key_with_an_edit(cell, name) != before, name
+
+
+def key_with_an_edit(cell: Cell, name: str) -> str:
+    """The key that the cell would have if a function were edited."""
+    facts = code._definition_facts
+
+    def edited(definition, registered):
+        found = facts(definition, registered)
+        if str(definition) != name: return found
+        return (code.replace(found[0], text=found[0].text + "\n# edited"), *found[1:])
+
+    code._definition_facts = edited
+    code._walked.cache_clear()
+    try: return Cell(**{f: getattr(cell, f) for f in cell.__dataclass_fields__}).key
+    finally:
+        code._definition_facts = facts
+        code._walked.cache_clear()
+
+
+class Recorded(Profile):
+    """A profile that notes which of its fields are read."""
+
+    seen: set = set()
+
+    def __getattribute__(self, name):
+        if name in Profile.__dataclass_fields__: Recorded.seen.add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("cell", REPRESENTATIVES, ids=str)
+def test_all_values_that_are_read_are_in_the_key(cell, store, tmp_path, monkeypatch):
+    for up in cell.inputs: store.compute(up)
+    watched = Recorded(**{f: getattr(cell.profile, f) for f in Profile.__dataclass_fields__})
+    recorded = Cell(**{f: getattr(cell, f) for f in cell.__dataclass_fields__ if f != "profile"}, profile=watched)
+    known = set(cell.identity["profile"])
+    monkeypatch.setattr("ddkit.store.depends_on", lambda make, profile: (make, "once"))  # it looks at fields to know what may be shared
+    monkeypatch.setattr("ddkit.methods.set_manifest", manifest := lambda recipes, workshop: {"method": "", "ipc": 2, "seed": 0, "classes": [
+        {"label": i, "folder": f, "name": c} for i, (f, c) in enumerate(zip(workshop.data.folders, workshop.data.classes))]})
+    monkeypatch.setattr("ddkit.work.set_manifest", manifest)
+    object.__setattr__(recorded, "__dict__", {**recorded.__dict__, "values": cell.values, "inputs": cell.inputs, "identity": cell.identity, "key": cell.key})
+    Recorded.seen = set()
+    compute(recorded, store, tmp_path / "payload")
+    read = Recorded.seen - HOW - {"options"}
+    assert read <= known, sorted(read - known)
+
+
+def test_what_says_how_changes_no_key():
+    cell = distill_cell(SMOKE, "mgd3", 2)
+    for name, value in {"batch_size": 7, "device": "auto", "memory_format": "channels-last", "seeds_together": 2, "name": "other", "cache": "elsewhere"}.items():
+        assert name in HOW
+        profile = Profile(**{**{f: getattr(SMOKE, f) for f in Profile.__dataclass_fields__}, name: value})
+        assert Cell("distill", profile, "mgd3", 2).key == cell.key, name
+
+
+def test_keys_do_not_depend_on_what_other_profiles_loaded(tmp_path):
+    """A plugin's metric counts for its own profile; another profile's keys stay as they are, before and after it was loaded."""
+    before = measure_cell(SMOKE, "mgd3", 2).key
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("from ddkit.metrics import register_metric\n@register_metric('higher')\ndef mine(synthetic): return 1.0\n")
+    own = measure_cell(SMOKE.replace(plugins=(str(plugin),)), "mgd3", 2)
+    assert "mine" in own.values["metrics"]["judge"] and own.key != before
+    assert Cell("measure", SMOKE, "mgd3", 2, network=" ".join(SMOKE.features)).key == before
+
+
+@pytest.mark.parametrize("register", ["from ddkit.modes import register_modes as register", "from ddkit.methods import register", "from ddkit.metrics import register_metric as register"])
+def test_a_plugin_cannot_replace_what_is_there(register, tmp_path):
+    name = {"modes": "kmeans", "methods": "mgd3", "metrics": "coverage"}[register.split()[1].split(".")[1]]
+    call = "register('higher', name='coverage')" if name == "coverage" else f"register({name!r})"
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(f"{register}\n@{call}\ndef mine(synthetic): return 0\n")
+    with pytest.raises(ValueError, match="exists already"): distill_cell(SMOKE.replace(plugins=(str(plugin),)), "mgd3", 2)
+
+
+def test_a_plugin_counts_with_what_it_calls(tmp_path):
+    text = "from ddkit.methods import register\n@register('mine')\ndef mine(workshop): return helper(workshop)\ndef helper(workshop): return workshop.choose('random')  # {comment}\ndef unused(): return 1\n"
+
+    def key(file, text):
+        (tmp_path / file).write_text(text)
+        return distill_cell(SMOKE.replace(plugins=(str(tmp_path / file),)), "mine", 2).key
+
+    first = key("a.py", text)
+    assert key("b.py", text.replace("{comment}", "another comment").replace("return 1", "return 2")) == first
+    assert key("c.py", text.replace("'random'", "'herding'")) != first
+
+
+def test_weights_count_by_content(tmp_path):
+    def key(path, content):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return distill_cell(SMOKE.replace(generator="dit", weights=str(path)), "dit", 2).key
+
+    first = key(tmp_path / "a" / "dit.pt", b"weights")
+    assert key(tmp_path / "b" / "other.pt", b"weights") == first
+    assert key(tmp_path / "a" / "dit.pt", b"WEIGHTS") != first
+
+
+def test_a_set_has_the_same_manifest_whoever_asks_first(tmp_path):
+    one, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    cell = distill_cell(SMOKE, "random", 2)
+    stranger = distill_cell(SMOKE.replace(seeds=(5, 6), epochs=7, networks=("vit",), batch_size=3), "random", 2)
+    assert cell.key == stranger.key
+    one.compute(cell), other.compute(stranger)
+    files = [sorted((p.relative_to(s.path(cell)).as_posix(), p.read_bytes()) for p in s.path(cell).rglob("*") if p.is_file() and p.name != "cell.json") for s in (one, other)]
+    assert files[0] == files[1]
+
+
+def test_keys_are_the_same_in_another_process():
+    call = "from ddkit.profiles import load_profile; from ddkit.work import *; p = load_profile('smoke'); print(distill_cell(p, 'mgd3 + dap', 2).key, measure_cell(p, 'igd', 2).key)"
+    told = {subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True, env={"PATH": "", "PYTHONHASHSEED": seed, "HOME": "."}).stdout for seed in "12"}
+    assert told == {f"{distill_cell(SMOKE, 'mgd3 + dap', 2).key} {measure_cell(SMOKE, 'igd', 2).key}\n"}
+
+
+def test_no_module_lists_what_names_a_result():
+    """Names of modules, functions and fields decide no key: the rooms that make keys hold no list of them."""
+    functions = {n.name for path in KIT.glob("*.py") for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+    fields = set(Profile.__dataclass_fields__) - FILES - {"name", "options", "root", "inception"}
+    for module in ("code", "cells"):
+        said = {n.value for n in ast.walk(ast.parse((KIT / f"{module}.py").read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not said & ((functions | fields) - {"reached", "digest", "method", "network", "seed", "ipc"}), said & (functions | fields)
