@@ -43,7 +43,7 @@ def module_source(
     "The source of an imported module."
     return Path(sys.modules[module].__file__).read_text(encoding="utf-8")
 
-# %% ../nbs/08_code.ipynb #195430fb
+# %% ../nbs/08_code.ipynb #e6a773a9
 class _Module:
     "A module's top level: name → the statements that define it, alias → what it imports."
 
@@ -65,11 +65,11 @@ class _Module:
         package = sys.modules[self.name].__package__ or ""
         for alias in node.names:
             if isinstance(node, ast.ImportFrom):
-                self.imported[alias.asname
-                              or alias.name] = importlib.util.resolve_name("." * node.level + (node.module or ""), package), alias.name
+                source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                self.imported[alias.asname or alias.name] = source, alias.name
             else:
-                self.imported[alias.asname
-                              or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0], ""
+                first = alias.name.split(".")[0]
+                self.imported[alias.asname or first] = alias.name if alias.asname else first, ""
 
     @functools.cached_property
     def changed(self) -> dict[str, list]:
@@ -92,7 +92,7 @@ def _assigned(node) -> list[str]:
 @functools.cache
 def _module(name: str) -> _Module: return _Module(name)
 
-# %% ../nbs/08_code.ipynb #825d7efe
+# %% ../nbs/08_code.ipynb #8da7fea5
 @dataclass(frozen=True)
 class Definition:
     "A named piece of code, and where its names are to be looked up."
@@ -109,9 +109,8 @@ def _definition_facts(definition: Definition, registered: frozenset[str]) -> tup
     nodes = module.defined[name]
     if method: return tuple(facts_of(m, is_method=True) for node in nodes for m in _methods(node) if m.name == method)
     heads = [facts_of(_head(node) if isinstance(node, ast.ClassDef) else node, registered) for node in nodes]
-    changes = [] if isinstance(nodes[0],
-                               (ast.FunctionDef, ast.ClassDef)) else map(facts_of, module.changed.get(name, []))
-    return (*heads, *changes)
+    is_constant = not isinstance(nodes[0], (ast.FunctionDef, ast.ClassDef))
+    return (*heads, *map(facts_of, module.changed.get(name, []) if is_constant else ()))
 
 
 def _methods(node) -> list:
@@ -123,7 +122,7 @@ def _head(node: ast.ClassDef) -> ast.ClassDef:
     members = [part for part in node.body if not isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return ast.ClassDef(node.name, node.bases, node.keywords, members or [ast.Pass()], node.decorator_list)
 
-# %% ../nbs/08_code.ipynb #d675f35e
+# %% ../nbs/08_code.ipynb #6de7a12a
 # functions of notebooks, by their qualified names; the session may have them under no name
 _typed: dict[str, object] = {}
 
@@ -143,8 +142,8 @@ def _compiled_facts(value) -> tuple[Facts, ...]:
     text = "\n".join(f"{c.co_code.hex()} {c.co_consts!r}" for c in codes) or repr(value)
     words = {w for c in codes for w in c.co_consts if isinstance(w, str)}
     names = {n for c in codes for n in c.co_names}
-    return (Facts(text, frozenset(names), frozenset(names), frozenset(), frozenset(names), frozenset(words),
-                  frozenset(names)),)
+    names, words = frozenset(names), frozenset(words)
+    return (Facts(text, names, names, attributes=names, words=words, reads=names),)
 
 # %% ../nbs/08_code.ipynb #d46ccb9b
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ class _Walk:
             self._object(type(entry.value))
         self.plain.add(f"{entry.name} = {_plain_text(entry.name, getattr(entry.value, 'decides', None))}")
 
-# %% ../nbs/08_code.ipynb #98808fc5
+# %% ../nbs/08_code.ipynb #4209eb25
 def _absolute(source: str, module: str) -> str:
     return importlib.util.resolve_name(source,
                                        sys.modules[module].__package__ or "") if source.startswith(".") else source
@@ -321,8 +320,8 @@ def _class_of(definition: Definition) -> ast.ClassDef | None:
 @functools.cache
 def _never_returns(definition: Definition) -> bool:
     node = _node(definition)
-    return isinstance(node,
-                      ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns).endswith("NoReturn")
+    returns = getattr(node, "returns", None)
+    return returns is not None and ast.unparse(returns).endswith("NoReturn")
 
 
 def _is_exception(base) -> bool:

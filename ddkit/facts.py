@@ -197,7 +197,7 @@ class _Reader(ast.NodeVisitor):
             first = a.name.split(".")[0]
             self.imports.append((a.asname or first, a.name if a.asname else first, ""))
 
-# %% ../nbs/02_facts.ipynb #12057a9b
+# %% ../nbs/02_facts.ipynb #cc288259
 def words_in(node) -> list[str]:
     "The strings that a default is, or is a tuple of; none for any other."
     parts = node.elts if isinstance(node, (ast.Tuple, ast.List)) else [node]
@@ -230,4 +230,5 @@ def facts_of(node, registered: frozenset[str] = frozenset(), is_method: bool = F
 def _registers(decorator, names: frozenset[str]) -> bool:
     "Whether a decorator of something that has these registered names is what registers it."
     if not names or not isinstance(decorator, ast.Call): return False
-    return "register" in ast.unparse(decorator.func) or any(getattr(a, "value", None) in names for a in decorator.args[:1])
+    first = [getattr(argument, "value", None) for argument in decorator.args[:1]]
+    return "register" in ast.unparse(decorator.func) or any(said in names for said in first)

@@ -72,7 +72,7 @@ def plot_by_ipc(
     ax.set(xlabel="IPC", ylabel=ylabel or _axis_label(value))
     ax.set_xticks(range(len(ipcs)), [f"{ipc:g}" for ipc in ipcs])
 
-# %% ../nbs/53_figures.ipynb #badfd811
+# %% ../nbs/53_figures.ipynb #c7467195
 def _bulk(style: MethodStyle) -> float:
     "Crosses and stars have little area; larger, they weigh as much as a disc."
     return {"*": 1.7, "P": 1.35, "X": 1.35}.get(style.marker, 1)
@@ -83,7 +83,7 @@ def _axis_label(value: str) -> str:
     metric = get_metric(value)
     return f"{metric.label} ({'↓' if metric.better == 'lower' else '↑'})"
 
-
+# %% ../nbs/53_figures.ipynb #56c83e6b
 def method_legend(
     fig,  # matplotlib figure, drawn inside `figure_style`
     columns: int = 4,  # at most; fewer where the figure is too narrow
@@ -118,7 +118,7 @@ def plot_against_accuracy(
                         elinewidth=0.6, markeredgecolor="white", label=style.label if i == len(own) - 1 else None)
     ax.set(xlabel=xlabel or _axis_label(metric), ylabel="Accuracy (%)")
 
-# %% ../nbs/53_figures.ipynb #077365f8
+# %% ../nbs/53_figures.ipynb #f4f1a6d7
 def evenly_spaced(
     count: int,  # classes that there are
     most: int = 10,  # to show
@@ -126,7 +126,7 @@ def evenly_spaced(
     "Which of many classes a figure shows: at most so many, from the first to the last."
     return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
 
-
+# %% ../nbs/53_figures.ipynb #9cd5baed
 def sharpness(
     images: torch.Tensor,  # N×C×H×W in [−1, 1]
 ) -> torch.Tensor:
@@ -134,7 +134,7 @@ def sharpness(
     across, down = (images.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (-1, -2))
     return ((across + down) / 2).cpu()
 
-# %% ../nbs/53_figures.ipynb #168b00bd
+# %% ../nbs/53_figures.ipynb #6be4f485
 def _tiled(rows: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, int, int, int]:
     "The picture (H×W×C, in 0 … 1, white between the images); and in its pixels an image's height, width, and the gap."
     shapes = {tuple(images.shape[1:]) for images in rows.values()}
@@ -153,7 +153,7 @@ def _tiled(rows: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, int, int, int]
             canvas[y:y + high, x:x + wide] = image
     return canvas, high, wide, gap
 
-
+# %% ../nbs/53_figures.ipynb #79faef9a
 def _fit_height(fig, ax, width: float):
     "As high as the picture needs: the labels' width decides how wide it is."
     fig.canvas.draw()

@@ -149,7 +149,7 @@ def method_styles(
 # %% ../nbs/51_labels.ipynb #75c6315d
 COLUMN_WIDTH, TEXT_WIDTH = 3.25, 6.75  # inches: one column, and both
 
-# %% ../nbs/51_labels.ipynb #caedcff7
+# %% ../nbs/51_labels.ipynb #1635ced9
 _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "η": "eta", "θ": "theta",
           "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau",
           "φ": "varphi", "ψ": "psi", "ω": "omega"}
@@ -167,7 +167,7 @@ _LATEX = str.maketrans({
 })
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_|[]"} | {"<": "&lt;", ">": "&gt;"})
 
-
+# %% ../nbs/51_labels.ipynb #3a858f54
 def latex_escape(text: str) -> str:
     "Plain text, Unicode included, as LaTeX (utf8 input, no packages)."
     return text.translate(_LATEX)

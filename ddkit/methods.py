@@ -61,7 +61,7 @@ def _checked_images(name: str, p: Profile, images: torch.Tensor) -> torch.Tensor
                          "[−1, 1]")
     return images
 
-# %% ../nbs/39_methods.ipynb #2816be0e
+# %% ../nbs/39_methods.ipynb #54164c23
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "scikit-learn", "numpy")}
 
@@ -71,15 +71,14 @@ def set_manifest(
     workshop: Workshop,
 ) -> dict:
     "What a `manifest.json` says, but for the files' checksums."
-    classes = [{"label": i, "folder": f, "name": c} for i,
-               (f, c) in enumerate(zip(workshop.data.folders, workshop.data.classes))]
+    named = enumerate(zip(workshop.data.folders, workshop.data.classes))
+    classes = [{"label": label, "folder": folder, "name": name} for label, (folder, name) in named]
     prefixes = [f"{one.name}." if len(recipes) > 1 else "" for one in recipes]
     options = {prefix + name: value for prefix, one in zip(prefixes, recipes) for name, value in one.options.items()}
     read = values_read((make_pixels, *(one.recipe for one in recipes)), workshop.profile, [options])
+    decided = {name: value for name, value in read.items() if name not in FILES}
     return {"method": " + ".join(one.name for one in recipes), "options": options, "ipc": workshop.ipc,
-            "seed": workshop.seed,
-            "profile": {name: value for name,
-                        value in read.items() if name not in FILES}, "classes": classes, "versions": _versions()}
+            "seed": workshop.seed, "profile": decided, "classes": classes, "versions": _versions()}
 
 # %% ../nbs/39_methods.ipynb #cb9e42a1
 def distill(

@@ -54,7 +54,7 @@ def convnet_pools(
         side //= 2 if pools[-1] else 1
     return pools
 
-# %% ../nbs/20_networks.ipynb #6b1bc407
+# %% ../nbs/20_networks.ipynb #14b3c3df
 class ConvNet(nn.Module):
     "`depth` blocks of convolution, norm, ReLU and average pooling, and a linear classifier."
     def __init__(
@@ -75,8 +75,8 @@ class ConvNet(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         "Images N×C×H×W → what the classifier sees, N×D."
-        for conv, norm, pool in zip(self.conv, self.norm, self.pools):
-            x = F.relu(norm(conv(x)), inplace=True)
+        for layer, norm, pool in zip(self.conv, self.norm, self.pools):
+            x = F.relu(norm(layer(x)), inplace=True)
             if pool: x = F.avg_pool2d(x, 2)
         return x.flatten(1)
 
@@ -230,7 +230,7 @@ def _resnet50(num_classes: int, image_size: int, channels: int, width: float, no
 def _resnet101(num_classes: int, image_size: int, channels: int, width: float, norm: Norm) -> nn.Module:
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, image_size, channels, width, norm)
 
-# %% ../nbs/20_networks.ipynb #d4dcc7af
+# %% ../nbs/20_networks.ipynb #79d74ce8
 class PlainNet(nn.Module):
     "Convolutions of stride 1, ReLU, max-pooling, and a linear classifier (AlexNet and VGG-11 as GLaD has them)."
     def __init__(
@@ -253,8 +253,8 @@ class PlainNet(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         "Images N×C×H×W → what the classifier sees, N×D."
-        for conv, norm, pool in zip(self.conv, self.norm, self.pools):
-            x = F.relu(norm(conv(x)), inplace=True)
+        for layer, norm, pool in zip(self.conv, self.norm, self.pools):
+            x = F.relu(norm(layer(x)), inplace=True)
             if pool: x = F.max_pool2d(x, 2)
         return (F.adaptive_max_pool2d(x, self.side) if self.side else x).flatten(1)
 

@@ -20,7 +20,7 @@ from .fingerprints import canonical, read_json
 from .profiles import project_root
 from .registry import nearest_name
 
-# %% ../nbs/45_papermilling.ipynb #18e113f2
+# %% ../nbs/45_papermilling.ipynb #329b52a6
 class NotebookError(RuntimeError):
     "A notebook did not run to its end."
 
@@ -37,8 +37,8 @@ def notebook_parameters(
                          "its defaults; tag the cell that holds them")
     found = {}
     for node in ast.parse(cells[0].source).body:
-        targets = node.targets if isinstance(node,
-                                             ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) and node.value else []
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None: continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         found |= {t.id: ast.unparse(node.value) for t in targets if isinstance(t, ast.Name)}
     return found
 
@@ -87,13 +87,14 @@ def run_notebook(
     failed.unlink(missing_ok=True)
     return out
 
-# %% ../nbs/45_papermilling.ipynb #34216bc1
+# %% ../nbs/45_papermilling.ipynb #f4236621
 def _execute(path, part: Path, parameters: dict, timeout: int | None, attempts: int = 2) -> None:
     "Papermill, with all its ways to fail as a `NotebookError` of one line."
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        papermill.execute_notebook(str(path), str(part), parameters, kernel_name="python3", language="python",
-                                   extra_arguments=["--log-level=ERROR"], cwd=project_root(), progress_bar=False, execution_timeout=timeout)
+        papermill.execute_notebook(
+            str(path), str(part), parameters, kernel_name="python3", language="python", cwd=project_root(),
+            extra_arguments=["--log-level=ERROR"], progress_bar=False, execution_timeout=timeout)
     except papermill.PapermillExecutionError as error:
         raise NotebookError(f"{error.ename}: {error.evalue}".strip().splitlines()[-1]) from None
     except nbclient.exceptions.CellTimeoutError: raise NotebookError(f"a cell took longer than {timeout} s") from None

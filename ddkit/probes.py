@@ -19,8 +19,8 @@ from .backbones import Backbone
 from .sampling import index_in_class, NoiseStreams, Step, uniform_draw
 from .finetuning import forward_noise, gaussian_kl, variational_bound
 
-# %% ../nbs/27_probes.ipynb #8ae043a3
-FEATURE_NOISE, BOUND_NOISE, BOUND_STEPS = 110, 111, 112  # this module's streams
+# %% ../nbs/27_probes.ipynb #d8fff183
+FEATURE_NOISE = 110  # this section's stream
 
 
 def _checked_latents(backbone: Backbone, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,10 @@ class Likelihood:
     def __repr__(self) -> str:
         return f"{self.mean:.4f} ± {self.std:.4f} bits per dimension (n = {self.n}, {self.steps} steps)"
 
-# %% ../nbs/27_probes.ipynb #bf034de1
+# %% ../nbs/27_probes.ipynb #c035557d
+BOUND_NOISE, BOUND_STEPS = 111, 112  # this section's streams
+
+
 def _strata(total: int, steps: int) -> np.ndarray:
     "Edges of `steps` strata of the timesteps 0 … total − 1: {0}, then ones that widen geometrically, each at least 1."
     rest = np.geomspace(1, total, steps) if steps > 1 else np.array([1])

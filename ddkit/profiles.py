@@ -99,7 +99,7 @@ FEATURES = ("judge", "inception", "denoiser")  # of the feature network, of FID'
 HOW = frozenset(f.name for f in fields(Profile) if f.metadata.get("how"))
 FILES = frozenset(f.name for f in fields(Profile) if f.metadata.get("file"))
 
-# %% ../nbs/01_profiles.ipynb #d91d7b94
+# %% ../nbs/01_profiles.ipynb #8db3b7e3
 @dataclass(frozen=True)
 class Training:
     "How a network is trained: the values of a protocol."
@@ -112,7 +112,7 @@ class Training:
     optimizer: str = "sgd"  # "sgd" or "adamw"
     momentum: float = 0.9  # SGD
     decayed: str = "all"  # which weights decay: "all", or "matrices": those of two and more dimensions
-    # learning rate: "steps" (× 0.2 at 2/3 and 5/6), "cosine" (to 0), "half-cosine" (half of one twice as long), "constant"
+    # learning rate: "steps" (× 0.2 at 2/3 and 5/6), "cosine", "half-cosine" (half of one twice as long), "constant"
     schedule: str = "steps"
     augmentations: tuple[str, ...] = ("crop", "flip", "color", "lighting", "cutmix")
     crop_scale: float = 0.5  # smallest share of the area that "crop" keeps
@@ -148,16 +148,15 @@ def _shown(value) -> str:
     if value is None: return "auto"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-# %% ../nbs/01_profiles.ipynb #d436d843
+# %% ../nbs/01_profiles.ipynb #6363526d
 def _converted(value, kind):
     "`value`, a string from a file or a Python value, as `kind`; raises `TypeError` or `ValueError`."
     if isinstance(kind, types.UnionType):
         return None if value is None or value == "auto" else _converted(value, typing.get_args(kind)[0])
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        parts = value.replace(",", " ").split() if isinstance(value,
-                                                              str) else [value] if isinstance(value, item) else value
-        return tuple(_converted(p, item) for p in parts)
+        if isinstance(value, str): value = value.replace(",", " ").split()
+        return tuple(_converted(part, item) for part in ([value] if isinstance(value, item) else value))
     if kind is bool and isinstance(value, str): return {"true": True, "false": False}[value.strip().lower()]
     if isinstance(value, str): return kind(value.strip())
     if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)

@@ -287,7 +287,7 @@ class Teacher:
             weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return weights.hexdigest()[:16]
 
-# %% ../nbs/23_protocols.ipynb #8bd970e5
+# %% ../nbs/23_protocols.ipynb #123e3e77
 def _check_company(sets: list, seeds) -> None:
     "Sets that cannot be trained together, or not with these seeds."
     if len(sets) != len(seeds) or not sets:
@@ -303,9 +303,9 @@ def _check_values(profile: Profile, training: Training) -> None:
     check_steps(profile, training)
 
 
-def _check_loss(losses: torch.Tensor, epoch: int, network: str, training: Training, protocol: str) -> None:
+def _check_loss(losses: torch.Tensor, epoch: int, network: str, training: Training, called: str) -> None:
     if torch.isfinite(losses).all(): return
-    prefix = "" if protocol in ("", "hard") else f"{protocol}."
+    prefix = "" if called in ("", "hard") else f"{called}."
     raise ValueError(f"training {network} diverged: the loss is {losses.max().item()} after epoch {epoch} of "
                      f"{training.epochs}; lower {prefix}learning_rate ({training.learning_rate:g})")
 
@@ -330,7 +330,7 @@ def _said_of(teacher: Teacher | None) -> dict:
     return {"teacher": {"network": teacher.name, "origin": teacher.origin, "digest": teacher.digest,
                         "accuracy": teacher.accuracy}}
 
-# %% ../nbs/23_protocols.ipynb #0747e8ff
+# %% ../nbs/23_protocols.ipynb #c560f7c0
 def train_and_test(
     sets: list,  # of equal size, one for each seed: have .images in [−1, 1] or .pixels in bytes, and .labels
     profile: Profile,  # what networks see: eval_size, channels, normalization; and network_width, precision
@@ -339,7 +339,7 @@ def train_and_test(
     seeds: list[int] | tuple[int, ...],
     data: RealData,  # its test set, and how many classes there are
     teacher: Teacher | None = None,  # for soft labels
-    protocol: str = "",  # what `training` is called, for settings and messages
+    called: str = "",  # the name of the protocol whose values they are, for settings and messages
     test_batch: int = 128,  # test images at a time: how, not what
 ) -> list[Scores]:
     """Train a network on each set in one pass over the device, and test it on the real test set.
@@ -351,7 +351,7 @@ def train_and_test(
     device, classes = torch_device(profile), len(data.classes)
     cpu = torch.device("cpu")
     if len(sets) > 1 and is_noisy(fresh_network(network, classes, profile, seeds[0], cpu, training.norm)):
-        rest = (data, teacher, protocol, test_batch)
+        rest = (data, teacher, called, test_batch)
         return [train_and_test([one], profile, network, training, [s], *rest)[0] for one, s in zip(sets, seeds)]
     residents = [make_resident(one, "the distilled set", profile, classes, device, "whole") for one in sets]
     tests = make_resident(data.test, "the test set", profile, classes, device, training.test_view)
@@ -361,13 +361,13 @@ def train_and_test(
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         for epoch in train_networks(nets, residents, training, profile, list(seeds), teacher and teacher.network):
             if epoch.number not in when: continue
-            _check_loss(epoch.losses, epoch.number, network, training, protocol)
+            _check_loss(epoch.losses, epoch.number, network, training, called)
             losses.append(epoch.losses)
             hits.append(torch.stack([count_hits(net, tests, profile, classes, test_batch) for net in nets]))
 
     hits, losses = torch.stack(hits, 1).cpu(), torch.stack(losses, 1).tolist()
     totals = torch.bincount(tests.labels, minlength=classes).cpu()
-    settings = {"protocol": protocol} | _settings(profile, network, training, classes, residents[0], tests)
+    settings = {"protocol": called} | _settings(profile, network, training, classes, residents[0], tests)
     settings |= _said_of(teacher) | {"together": len(nets)}
     return [_scores(h, totals, when, loss, net.eval(), settings | {"seed": seed})
             for h, loss, net, seed in zip(hits, losses, nets, seeds)]

@@ -144,7 +144,7 @@ def cao2(
 
     return Plan(candidates=candidates, choose=choose, refine=refine)
 
-# %% ../nbs/37_recipes_baselines.ipynb #552c66b2
+# %% ../nbs/37_recipes_baselines.ipynb #a4a1bc2b
 @preparation("surrogate", latents=False)
 def surrogate(workshop: Workshop, surrogate_network: str = "convnet6") -> Weights:
     """The surrogate's weights at four moments of its training on real images, `moment.parameter` → tensor.
@@ -159,8 +159,11 @@ def surrogate(workshop: Workshop, surrogate_network: str = "convnet6") -> Weight
 def _checkpoints(flat: Weights, device: torch.device) -> list[Weights]:
     "The state dicts of a surrogate's moments."
     moments = 1 + max(int(key.split(".")[0]) for key in flat)
-    return [{k.split(".", 1)[1]: v.to(device) for k,
-             v in flat.items() if k.startswith(f"{moment}.")} for moment in range(moments)]
+    states = [{} for _ in range(moments)]
+    for key, value in flat.items():
+        moment, name = key.split(".", 1)
+        states[int(moment)][name] = value.to(device)
+    return states
 
 # %% ../nbs/37_recipes_baselines.ipynb #261f70c8
 @register("igd", needs=("surrogate",))

@@ -70,14 +70,14 @@ def im_released(workshop: Workshop) -> Plan:
     "IM as its released code runs."
     return Plan()
 
-# %% ../nbs/36_recipes_ims3.ipynb #52baf98d
+# %% ../nbs/36_recipes_ims3.ipynb #9e90b76c
 EXTRACTORS = Registry("feature extractor")
 
 
 def extractor(name: str) -> Callable:
-    """Decorator: `f(workshop, latents n×C×H×W or None, images n×C×H×W) -> features n×D`, a space in which S³ may choose.
+    """Decorator: `f(workshop, latents n×C×H×W or None, images n×C×H×W) -> features n×D`.
 
-    Latents are None for real images."""
+    A space in which S³ may choose. Latents are None for real images."""
     return EXTRACTORS.register(name)
 
 

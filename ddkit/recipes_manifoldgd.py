@@ -12,7 +12,7 @@ from .guidance import Guidance, ManifoldGuidance, ModeGuidance, ReleasedManifold
 from .recipes import register
 from .workshop import Workshop
 
-# %% ../nbs/34_recipes_manifoldgd.ipynb #e94ecc7a
+# %% ../nbs/34_recipes_manifoldgd.ipynb #b8f220a1
 def level_modes(
     workshop: Workshop,
     modes: str,  # of `ddkit.modes`
@@ -43,7 +43,8 @@ def manifoldgd(
     "ManifoldGD as the paper states it: level-wise modes, normal component subtracted (Eq. 4)."
     centroids = level_modes(workshop, modes, start_level)
     manifold = ManifoldGuidance(
-        centroids, scale=manifold_scale, latents=workshop.latents, latent_labels=workshop.data.train.labels, labels=workshop.labels,
+        centroids, scale=manifold_scale, latents=workshop.latents, latent_labels=workshop.data.train.labels,
+        labels=workshop.labels,
         radius=radius, multiplier=multiplier, schedule=schedule, warm_steps=warm_steps, neighbours=neighbours,
         tangent_dim=tangent_dim, cloud_size=cloud_size, kernel=kernel, width=width)
     return (ModeGuidance(centroids, scale, kernel, width) + manifold).until(stop)

@@ -49,7 +49,7 @@ def _one_line(provenance: Mapping) -> str:
     line = json.dumps(_as_json(provenance), sort_keys=True)
     return line.translate(str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&"}))
 
-# %% ../nbs/54_reports.ipynb #df38f09d
+# %% ../nbs/54_reports.ipynb #1266096d
 def _publish(
     stem: str | Path,  # path without ending
     files: Mapping[str, bytes],  # ending → content
@@ -67,7 +67,7 @@ def _publish(
     for path, content in zip(paths, files.values()): _replace(path, content)
     return paths
 
-
+# %% ../nbs/54_reports.ipynb #2dc7e093
 def _replace(path: Path, content: bytes):
     "Write a file whole or not at all."
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,7 +76,7 @@ def _replace(path: Path, content: bytes):
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/54_reports.ipynb #b023406a
+# %% ../nbs/54_reports.ipynb #eb5d8e8f
 def with_profiles(
     caption: str,  # plain text
     provenance: Mapping,
@@ -86,7 +86,7 @@ def with_profiles(
     names = list(dict.fromkeys((profile or {}).get("name", role) for role, profile in found.items()))
     return f"{caption} Profile{'s' * (len(names) > 1)} {', '.join(names)}." if names else caption
 
-
+# %% ../nbs/54_reports.ipynb #db989839
 def artefact_label(
     stem: str | Path,  # tables/digits/manifoldgd/table1
     prefix: str,  # "tab" or "fig"
@@ -135,7 +135,7 @@ def read_provenance(
     text = (found.partition(after)[0] if after else found).decode("latin-1")
     return json.JSONDecoder().raw_decode(text)[0]
 
-# %% ../nbs/54_reports.ipynb #cfef3b06
+# %% ../nbs/54_reports.ipynb #938a47a9
 def save_figure(
     fig,  # matplotlib figure, drawn inside `figure_style`
     stem: str | Path,  # path without ending: figures/digits/manifoldgd/fig4
@@ -152,7 +152,7 @@ def save_figure(
     with _settled(fig): files = {f".{format}": _drawn(fig, format, entries) for format, entries in metadata.items()}
     return _publish(stem, files | {".caption.tex": tex.encode(), ".caption.md": markdown.encode()}, caption, provenance)
 
-
+# %% ../nbs/54_reports.ipynb #917fb7d0
 def _metadata(title: str, caption: str, line: str) -> dict[str, dict]:
     "Format → what stands in a figure's file beside the picture; no dates."
     return {
@@ -205,7 +205,7 @@ def saved_artefacts(
     place = lambda paper: (paper == "", (papers.index(paper), "") if paper in papers else (len(papers), paper))
     return {key: found[key] for key in sorted(found, key=lambda k: (_natural(k[0]), *place(k[1]), _natural(k[2])))}
 
-# %% ../nbs/54_reports.ipynb #53798d46
+# %% ../nbs/54_reports.ipynb #ce4ce340
 def _first_sentence(caption: str) -> str: return re.match(r".*?[.?!](?=\s|$)|.*", caption, re.S).group().rstrip(".")
 
 
@@ -219,7 +219,7 @@ def _shown_and_cited(kind: str, key: tuple[str, str, str]) -> tuple[str, str]:
     cite = rf"`\includegraphics{{figures/{path}.pdf}}` `\input{{figures/{path}.caption.tex}}`"
     return f'<img src="{path}.png" width="360" alt="{name}">', cite
 
-
+# %% ../nbs/54_reports.ipynb #01079d6a
 def _made_by_line(key: tuple[str, str, str], record: Mapping, made_by: Mapping[str, str]) -> str:
     profile, paper, name = key
     only, commit = made_by.get(f"{paper}/{name}"), record["provenance"].get("commit")
@@ -237,7 +237,7 @@ def _entry_lines(kind: str, key: tuple[str, str, str], record: Mapping, made_by:
     return [f"#### {name}", "", f"{markdown_escape(_first_sentence(record['caption']))}.", "", shown, "",
             f"- cite: {cite}, `\\ref{{{reference}}}`", f"- files: {files}", *([made] if made else []), ""]
 
-# %% ../nbs/54_reports.ipynb #1c56a5d0
+# %% ../nbs/54_reports.ipynb #24d622fc
 UNLISTED = ("smoke",)  # profiles for tests: what they leave behind is not for readers
 
 
@@ -255,7 +255,7 @@ def write_index(
         _replace(paths[-1], "\n".join(_index_lines(kind, found, made_by)).encode())
     return paths
 
-
+# %% ../nbs/54_reports.ipynb #8a6dca77
 def _index_lines(kind: str, found: Mapping, made_by: Mapping[str, str]) -> list[str]:
     lines = [f"# {kind.capitalize()}", "",
              "Written by the kit from the `.json` files beside the artefacts; edits are lost.", ""]
@@ -266,7 +266,7 @@ def _index_lines(kind: str, found: Mapping, made_by: Mapping[str, str]) -> list[
             for key in keys: lines += _entry_lines(kind, key, found[key], made_by)
     return lines
 
-# %% ../nbs/54_reports.ipynb #e46186b7
+# %% ../nbs/54_reports.ipynb #cf80d20a
 def write_writeup(
     root: str | Path,  # the folder of `tables`, `figures` and `writeup`
     profile: str,
@@ -289,7 +289,7 @@ def write_writeup(
     _replace(path, ("\n".join(lines) + "\n").encode())
     return path
 
-
+# %% ../nbs/54_reports.ipynb #db3b4d02
 def _paper_lines(root: Path, profile: str, paper: str, own: Mapping) -> list[str]:
     "A paper's section: first what there is, then all of it."
     sentences, floats = [], []

@@ -28,7 +28,7 @@ from .protocols import Scores, train_and_test, training_values
 from .store import Store, package_versions
 from .work import SET_FEATURES, TEACHING, about, evaluate_cell, features_cell
 
-# %% ../nbs/44_runs.ipynb #f004fadf
+# %% ../nbs/44_runs.ipynb #5831f0b7
 def commit() -> str | None:
     """The last commit that touched the library, the notebooks or the settings, with `-dirty` for uncommitted
     changes; None outside a git checkout of the kit."""
@@ -53,21 +53,19 @@ def provenance(
     return {
         "kit": f"ddkit {ddkit.__version__}", "commit": commit(), "versions": package_versions(),
         "profiles": {role: describe(p) for role, p in sorted(profiles.items())},
-        "seeds": sorted({cell.seed
-                         for cell in cells}), "device": " ".join(sorted({torch_device(p).type for p in profiles.values()})),
+        "seeds": sorted({cell.seed for cell in cells}),
+        "device": " ".join(sorted({torch_device(p).type for p in profiles.values()})),
         "cells": {cell.key: f"{cell} ({cell.profile.name})" for cell in sorted(set(cells), key=lambda c: c.key)},
     }
 
 
 def describe(profile: Profile) -> dict:
     "A profile's values; paths give way to digests of what lies there."
-    values = {k: v for k,
-              v in asdict(profile).items() if k not in FILES | {"cache", "device",
-                                                                "options"}} | {"options": dict(profile.options)}
-    weights = {f"{name}_digest": weights_digest(getattr(profile,
-                                                        name)) for name in ("teacher", "feature_weights") if getattr(profile, name)}
-    return values | weights | {"data": data_fingerprint(profile), "archive": archive_of(profile),
-                               "generator_weights": generator_digest(profile)}
+    values = {k: v for k, v in asdict(profile).items() if k not in FILES | {"cache", "device", "options"}}
+    files = {name: getattr(profile, name) for name in ("teacher", "feature_weights") if getattr(profile, name)}
+    weights = {f"{name}_digest": weights_digest(file) for name, file in files.items()}
+    return values | weights | {"options": dict(profile.options), "data": data_fingerprint(profile),
+                               "archive": archive_of(profile), "generator_weights": generator_digest(profile)}
 
 # %% ../nbs/44_runs.ipynb #6d57a634
 def archive_of(profile: Profile) -> str:
@@ -77,15 +75,16 @@ def archive_of(profile: Profile) -> str:
     return remembered(f"archive {Path(profile.root).resolve()} {profile.classes}", data_fingerprint(profile),
                       lambda: archive(profile.root, profile.classes))
 
-# %% ../nbs/44_runs.ipynb #b78d791a
+# %% ../nbs/44_runs.ipynb #39165f84
 def results(
     store: Store,
     cells: list[Cell],  # evaluate and measure cells; others are skipped
 ):  # a pandas DataFrame
-    """One row per evaluated network: dataset, network, ipc, method, seed, protocol, the method's options, the profile's values in which cells of a dataset differ, best, last, and the metrics of the same distilled set.
+    """One row per evaluated network: dataset, network, ipc, method, seed, protocol, options, best, last, metrics.
 
-    A measured set without an evaluation gets a row without a network. Cells that are missing are computed.
-    """
+    Options are those of the cell's call; values of the profile in which cells of a dataset differ are columns too;
+    the metrics are those of the same distilled set. A measured set without an evaluation gets a row without a
+    network. Cells that are missing are computed."""
     wanted = [c for c in dict.fromkeys(cells) if c.kind in ("evaluate", "measure")]
     varied = varied_values(wanted)
     if missing := [c for c in wanted if not store.has(c)]:
@@ -112,8 +111,8 @@ def class_results(
     varied, rows = varied_values(wanted), []
     for cell in wanted:
         value, names = store.compute(cell).value, store.session.once(load_data, cell.profile).classes
-        rows += [_row(cell, varied) | {"class_name": name, "best": best, "last": last} for name, best,
-                 last in zip(names, value["per_class"], value["per_class_last"], strict=True)]
+        scores = zip(names, value["per_class"], value["per_class_last"], strict=True)
+        rows += [_row(cell, varied) | {"class_name": name, "best": best, "last": last} for name, best, last in scores]
     return pd.DataFrame(rows)
 
 
@@ -169,7 +168,7 @@ def measure_images(
         return measure(real, synthetic, real_labels=None if labels is None else real_labels, synthetic_labels=labels,
                        features=extractor)
 
-# %% ../nbs/44_runs.ipynb #7e23fe2c
+# %% ../nbs/44_runs.ipynb #1b04af6b
 def rough_seconds(cell: Cell) -> float:
     """A guess without any experience: images × steps of the sampler, or images × epochs of training, times what
     one takes."""
@@ -183,8 +182,8 @@ def rough_seconds(cell: Cell) -> float:
     images = 1300 * classes if p.dataset != "digits" else 1257
     if cell.kind == "finetune": return 1 + images * int(dict(p.options).get("difffit.epochs", 8)) * 4e-3 * area / speed
     passes = images * (p.full_epochs or 300) if cell.is_full else cell.ipc * classes * (p.epochs or 1500)
-    return 0.5 + passes * 3e-4 * (p.eval_size / 16) ** 2 * max(1,
-                                                               4 * p.network_width) ** 2 / (speed * 20 if speed > 1 else 1)
+    work = passes * 3e-4 * (p.eval_size / 16) ** 2 * max(1, 4 * p.network_width) ** 2
+    return 0.5 + work / (speed * 20 if speed > 1 else 1)
 
 
 _RELATIVES = (("kind", "profile", "method", "ipc", "network"), ("kind", "profile", "ipc", "network"),

@@ -214,7 +214,7 @@ def _reported_cells(reported: pd.DataFrame, places: Sequence[str], keys: Sequenc
     one_per_place(theirs, places, "the reported numbers")
     return theirs
 
-# %% ../nbs/50_statistics.ipynb #25f22c17
+# %% ../nbs/50_statistics.ipynb #15c5bf6d
 def with_reported(
     cells: pd.DataFrame,  # ours: fields, mean, std, n, mark
     reported: pd.DataFrame,  # the paper's: the fields that it has, mean, perhaps std
@@ -238,13 +238,13 @@ def with_reported(
     both = both.astype({"n": "Int64"}).fillna({"mark": "", "reported_mark": ""})
     return _with_verdicts(both) if comparable else both
 
-
+# %% ../nbs/50_statistics.ipynb #e956c73e
 def _with_verdicts(both: pd.DataFrame) -> pd.DataFrame:
     numbers = both[["mean", "std", "reported_mean", "reported_std"]]
     verdicts = [verdict(*map(float, row)) for row in numbers.itertuples(index=False)]
     return both.assign(difference=both["mean"] - both["reported_mean"], verdict=verdicts)
 
-# %% ../nbs/50_statistics.ipynb #3421d944
+# %% ../nbs/50_statistics.ipynb #47b70f4c
 def pair_differences(
     runs: pd.DataFrame,  # one row per run
     cells: pd.DataFrame,  # those of `summarise`, perhaps with `reported_mean`
@@ -266,14 +266,14 @@ def pair_differences(
         out[first, second] = seen
     return out
 
-
+# %% ../nbs/50_statistics.ipynb #9a962989
 def _stated_difference(cells, first, second, others: Sequence[str], along: str) -> pd.DataFrame:
     a, b = (cells[cells[along] == name] for name in (first, second))
     if not others: return pd.DataFrame({"reported": [a["reported_mean"].iloc[0] - b["reported_mean"].iloc[0]]})
     a, b = (own.set_index(others)["reported_mean"] for own in (a, b))
     return (a - b).dropna().rename("reported").reset_index()
 
-
+# %% ../nbs/50_statistics.ipynb #1bc0c0c7
 def with_differences(
     cells: pd.DataFrame,
     differences: Mapping[tuple, pd.DataFrame],  # of `pair_differences`

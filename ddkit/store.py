@@ -268,7 +268,7 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(),
             "ddkit": ddkit.__version__} | {name: version(name) for name in PACKAGES}
 
-# %% ../nbs/43_store.ipynb #16eefc95
+# %% ../nbs/43_store.ipynb #a5670ae8
 def _plain(value):
     "Tensors, tuples and numpy numbers as JSON can hold them."
     if hasattr(value, "tolist"): value = value.tolist()
@@ -295,11 +295,11 @@ def _compute(cell: Cell, store: Store, work: Path, given: tuple[dict, float] | N
 
 def _record(cell: Cell, folder: Path, value: dict, seconds: float) -> dict:
     "What `cell.json` says."
-    files = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name,
-             path in files_in(folder).items()}
+    def described(path): return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    files = {name: described(path) for name, path in files_in(folder).items()}
     short = {k: v for k, v in value.items() if isinstance(v, (int, float, str)) or not kind_of(cell).payload}
     return _sealed({
-        "cell": str(cell), "summary": kind_of(cell).summary_of(value), "kind": cell.kind, "key": cell.key, "profile": cell.profile.name,
-        "value": short, "method": cell.method, "ipc": cell.ipc, "network": cell.network, "identity": cell.identity, "files": files,
-        "seconds": round(seconds,
-                         3), "versions": package_versions(), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        "cell": str(cell), "summary": kind_of(cell).summary_of(value), "kind": cell.kind, "key": cell.key,
+        "profile": cell.profile.name, "value": short, "method": cell.method, "ipc": cell.ipc, "network": cell.network,
+        "identity": cell.identity, "files": files, "seconds": round(seconds, 3), "versions": package_versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})

@@ -131,7 +131,7 @@ def _orders(cells, differences, places, along: str, order: Mapping[str, Sequence
 def _sorted_keys(keys: set[tuple], axis: tuple[str, ...], orders: Mapping[str, dict]) -> tuple[tuple, ...]:
     return tuple(sorted(keys, key=lambda key: [orders[f][v] for f, v in zip(axis, key)]))
 
-# %% ../nbs/52_tables.ipynb #569f0f42
+# %% ../nbs/52_tables.ipynb #c46b8ff3
 _SYMBOLS = {"within": "≈", "above": "↑", "below": "↓", "": ""}
 
 
@@ -150,7 +150,7 @@ def _entries(cells, differences, rows, columns, along, decimals, comparable) -> 
         for row in seen.to_dict("records"): _put_difference(put, row | {along: pair})
     return entries
 
-
+# %% ../nbs/52_tables.ipynb #19bffee7
 def _put_cell(put, row: Mapping, usual: int, comparable: bool):
     ours, theirs = not pd.isna(row["mean"]), not pd.isna(row.get("reported_mean"))
     if ours:
@@ -167,7 +167,7 @@ def _put_difference(put, row: Mapping):
         put(row, "ours", mean=row["mean"], std=row["std"], signed=True, remark=remark)
     if not pd.isna(row.get("reported")): put(row, "paper", mean=row["reported"], signed=True)
 
-# %% ../nbs/52_tables.ipynb #9b21671b
+# %% ../nbs/52_tables.ipynb #ed3ba2b5
 def _notes(cells, differences, along: str, stated: bool, comparable: bool, labels) -> tuple[str, ...]:
     notes = [spread_note(cells) + (" Where n differs, the cell says so." if cells["n"].dropna().nunique() > 1 else "")]
     if (cells["mark"] != "").any():
@@ -182,7 +182,7 @@ def _notes(cells, differences, along: str, stated: bool, comparable: bool, label
     if stated: notes.append(_COMPARABLE if comparable else _not_comparable(cells, labels))
     return tuple(notes)
 
-
+# %% ../nbs/52_tables.ipynb #35830f5c
 _COMPARABLE = ("Paper: as reported. "
                "Difference: ours − paper, ≈ within, ↑ above, ↓ below two combined standard deviations.")
 
@@ -255,7 +255,7 @@ def to_html(self: Table) -> str:
         lines.append(f"<tr>{''.join(stub + entries)}</tr>")
     return "\n".join([*lines, "</tbody>", "</table>"])
 
-# %% ../nbs/52_tables.ipynb #f06fa198
+# %% ../nbs/52_tables.ipynb #0dee6243
 _SIZES = (  # width, points a character takes (measured on Computer Modern), command
     (COLUMN_WIDTH, 4.6, r"\small"), (COLUMN_WIDTH, 4.1, r"\footnotesize"),
     (TEXT_WIDTH, 4.6, r"\small"), (TEXT_WIDTH, 4.1, r"\footnotesize"), (TEXT_WIDTH, 3.55, r"\scriptsize"))
@@ -271,7 +271,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     "Lines of a column's head: broken at its spaces where it is longer than `width` characters, though not below seven."
     return textwrap.wrap(text, max(width, 7), break_long_words=False, break_on_hyphens=False) or [""]
 
-
+# %% ../nbs/52_tables.ipynb #40e24224
 def _fit(table: Table) -> tuple[str, str, bool]:
     "Environment, font size, and whether the table must be shrunk; from estimated widths, a little generous."
     heads = [table.title(f) for f in table.rows]
@@ -306,7 +306,7 @@ def _stacked(lines: list[str]) -> str:
     lines = [latex_escape(line) for line in lines]
     return f"{{{lines[0]}}}" if len(lines) == 1 else r"{\shortstack{" + r"\\".join(lines) + "}}"
 
-# %% ../nbs/52_tables.ipynb #18147711
+# %% ../nbs/52_tables.ipynb #da7a0b78
 def _stub(table: Table, i: int) -> list[str]:
     "Labels of row `i`. One that several rows share spans them, and is blank in all but the first."
     cells = []
@@ -322,7 +322,7 @@ def _apart(key: tuple) -> bool:
     "Whether a row is no method among others: the full training set, a difference."
     return any(part in UNRANKED or isinstance(part, tuple) for part in key)
 
-
+# %% ../nbs/52_tables.ipynb #aad816a7
 def _body(table: Table) -> list[str]:
     "Lines of the rows; a rule or a gap separates groups."
     number_columns, lines, above = _number_columns(table), [], None
@@ -336,7 +336,7 @@ def _body(table: Table) -> list[str]:
         above = row
     return lines
 
-# %% ../nbs/52_tables.ipynb #5d473aec
+# %% ../nbs/52_tables.ipynb #5044b0c7
 @patch
 def to_latex(
     self: Table,
@@ -356,7 +356,7 @@ def to_latex(
         rf"\begin{{tabular}}{{{layout}}}", r"\toprule", *_head(self), r"\midrule", *_body(self), r"\bottomrule",
         rf"\end{{tabular}}{end}", rf"\end{{{environment}}}"])) + "\n"
 
-
+# %% ../nbs/52_tables.ipynb #21131ca1
 def packages(table: Table) -> str:
     "What a document that shows the table's LaTeX must load."
     environment, _, shrink = _fit(table)

@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'SET_FEATURES', 'encode_cell', 'finetune_cell', 'distill_
            'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of', 'inception_features_of',
            'denoiser_features_of', 'Features', 'Measure']
 
-# %% ../nbs/42_work.ipynb #b950b8d8
+# %% ../nbs/42_work.ipynb #0c6170e1
 import os
 import shutil
 import time
@@ -39,7 +39,8 @@ from ddkit.protocols import (
     TEACHER_PROTOCOL, epochs_for, teacher_from_file, teacher_from_weights, train_and_test, training_values,
 )
 from ddkit.recipes import (
-    PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs, resolved_preparation, resolved_recipes, run_preparation,
+    PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs, resolved_preparation, resolved_recipes,
+    run_preparation,
 )
 from .registry import Registry
 from .sets import load_distilled, save_distilled
@@ -57,7 +58,7 @@ def _ipc(ipc) -> int:
         raise ValueError(f"ipc = {ipc!r}: images per class must be a whole number, at least 1")
     return int(ipc)
 
-# %% ../nbs/42_work.ipynb #d4e31a62
+# %% ../nbs/42_work.ipynb #da6d3ca4
 def encode_cell(
     profile: Profile,
 ) -> Cell:
@@ -70,7 +71,7 @@ def finetune_cell(
     preparation: str,  # see `ddkit.recipes.preparation`
     **options,  # for the preparation
 ) -> Cell:
-    """The weights that methods want before they make images: a fine-tuned generator, or what else `@preparation` registered.
+    """The weights that methods want before they make images: a fine-tuned generator, or another preparation.
 
     `ValueError` for an unknown name or option."""
     with plugins_of(profile): resolved_preparation(preparation, profile, options)  # raises for what cannot be

@@ -29,7 +29,7 @@ from .sampling import Step, sample, sample_all
 from .selection import select
 from .training import half_precision
 
-# %% ../nbs/31_workshop.ipynb #b216cd14
+# %% ../nbs/31_workshop.ipynb #cd930cb1
 Weights = dict[str, torch.Tensor]  # name → tensor, as safetensors keep them
 
 
@@ -77,7 +77,7 @@ class Workshop:
         return encode_training_set(self.profile, self.data, self.plain_backbone)
 
     def prepared(self, name: str) -> Weights:
-        """What a preparation made, or `judge`: the weights of the profile's feature network, trained on all real images.
+        """What a preparation made; of `judge` the feature network's weights, trained on all real images.
 
         `ValueError` for what the method did not say it needs."""
         if self.declared is not None and name not in self.declared:
@@ -208,7 +208,7 @@ def as_plan(made) -> Plan:
     if made is None or callable(made): return Plan(guidance=made)
     raise TypeError(f"a plan or a guidance expected, not {type(made).__name__}")
 
-# %% ../nbs/31_workshop.ipynb #ee136209
+# %% ../nbs/31_workshop.ipynb #b720ff92
 def sample_plan(
     workshop: Workshop,
     plan: Plan,
@@ -223,9 +223,9 @@ def sample_plan(
     guidance = plan.guidance if plan.candidates == 1 or plan.guidance is None else rows_of(plan.guidance, rows)
     with half_precision(p, backbone.device):
         latents = sample_all(
-            backbone, backbone.model_labels(labels), indices=indices, guidance=guidance, sampler=plan.sampler or p.sampler,
-            variance=p.variance, batch_size=_whole_classes(p.batch_size, count), **_sampling(workshop, plan),
-            **_started(plan, guidance, rows, indices))
+            backbone, backbone.model_labels(labels), indices=indices, guidance=guidance,
+            sampler=plan.sampler or p.sampler, variance=p.variance, batch_size=_whole_classes(p.batch_size, count),
+            **_sampling(workshop, plan), **_started(plan, guidance, rows, indices))
     return latents.float()
 
 

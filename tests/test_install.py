@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -28,21 +27,21 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def ddkit(site, tmp_path):
-    """Run a command of the installed package in an empty folder. `-S`: no `.pth` file may lead back to the checkout."""
+    """Run a command of the installed package in an empty folder: it comes before the checkout, wherever that is known."""
     folder = tmp_path / "empty"
     folder.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "DDKIT_RUNS"} | {"PYTHONPATH": os.pathsep.join([str(site), sysconfig.get_path("purelib")])}
+    environment = {k: v for k, v in os.environ.items() if k != "DDKIT_RUNS"} | {"PYTHONPATH": str(site)}
 
     def run(*arguments, code="from ddkit.cli import main; main()", cwd=folder):
-        return subprocess.run([sys.executable, "-S", "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
     run.folder = folder
     return run
 
 
 def test_it_is_the_package_that_runs(ddkit, site):
-    told = ddkit(code="import ddkit, sys; print(ddkit.__file__); print(*sys.path, sep='\\n')").stdout.splitlines()
-    assert told[0] == str(site / "ddkit" / "__init__.py") and str(ROOT) not in told
+    told = ddkit(code="import ddkit.profiles; print(ddkit.__file__, ddkit.profiles.KIT, ddkit.profiles.find_settings(), sep='\\n')")
+    assert told.stdout.splitlines() == [str(site / "ddkit/__init__.py"), str(site), str(site / "ddkit/assets/settings.ini")]
 
 
 def test_distilling_in_an_empty_folder(ddkit):

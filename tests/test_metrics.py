@@ -72,7 +72,7 @@ def test_rows_order_and_precision_of_the_features_do_not_matter(monkeypatch):
     order, other = torch.randperm(300, generator=torch.Generator().manual_seed(0)), torch.randperm(60, generator=torch.Generator().manual_seed(1))
     for kind, values in whole.items():
         shuffled = measure(real[order].double(), synthetic[other].double(), real_labels=real_labels[order], synthetic_labels=labels[other], features=kind)
-        assert shuffled == pytest.approx(values, rel=1e-6, abs=1e-8), kind
+        assert shuffled == pytest.approx(values, rel=1e-5, abs=1e-8), kind  # the kernel distance is taken in float32: some eps of 1.2e-7
 
 
 def test_an_image_on_the_rim_of_a_ball_is_outside_whatever_the_rounding(monkeypatch):
@@ -116,6 +116,9 @@ def test_large_sets_are_represented_by_a_seeded_draw_that_the_four_share(monkeyp
 
 # --- FID's network ----------------------------------------------------------------------------------------------------
 
+# features are about 5 at most and come from 94 convolutions in float32, each of which may be off by a few units in the last place
+ROUNDING = 94 * 4 * 5 * torch.finfo(torch.float32).eps  # 2.2e-4
+
 
 def random_state():
     """Weights of a sensible size, drawn name by name, in the layout of the published file."""
@@ -145,8 +148,8 @@ def test_features_are_those_of_torch_fidelity_on_record(weights):
     recorded = {(16, 16): ([3.95894, 0.2936, 0.02415, 0.03732], 0.95496), (320, 224): ([5.35815, 0.40712, 0.06591, 0.07685], 1.5165)}
     for size, (values, mean) in recorded.items():
         found = inception_features(pictures(*size), weights)
-        assert found.shape == (2, 2048) and found[0, :400:100].tolist() == pytest.approx(values, abs=1e-4)
-        assert float(found.mean()) == pytest.approx(mean, abs=1e-4)
+        assert found.shape == (2, 2048) and found[0, :400:100].tolist() == pytest.approx(values, abs=ROUNDING)
+        assert float(found.mean()) == pytest.approx(mean, abs=ROUNDING)
 
 
 def torch_fidelity_module(file):
@@ -167,7 +170,7 @@ def test_features_are_those_of_torch_fidelity(tmp_path, size):
     state = random_state()
     torch.save(state | {name: torch.tensor(0) for name in FIDInception().state_dict() if name not in state}, tmp_path / "w.pth")
     theirs, images = torch_fidelity_module(tmp_path / "w.pth"), pictures(*size)
-    assert torch.allclose(inception_features(images, tmp_path / "w.pth"), theirs(images)[0], atol=1e-4, rtol=0)
+    assert torch.allclose(inception_features(images, tmp_path / "w.pth"), theirs(images)[0], atol=ROUNDING, rtol=0)
 
 
 def test_resize_is_tensorflows(weights):
@@ -244,9 +247,10 @@ def test_likelihood_belongs_to_the_image_and_names_what_is_wrong():
     model = Gaussian()
     data, labels = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(4)), torch.tensor([0, 1, 0, 1, 0, 1])
     together = negative_log_likelihood(model, data, labels, steps=30).per_image
-    assert torch.allclose(negative_log_likelihood(model, data, labels, steps=30, batch_size=4).per_image, together, rtol=1e-6)
-    assert torch.allclose(negative_log_likelihood(model, data[:3], labels[:3], steps=30).per_image, together[:3], rtol=1e-6)  # whoever else is there
-    assert not torch.allclose(negative_log_likelihood(model, data, labels, steps=30, seed=1).per_image, together)
+    close = dict(rtol=1e-4)  # terms in float32, differences of nearly equal means among them; another seed changes some percent
+    assert torch.allclose(negative_log_likelihood(model, data, labels, steps=30, batch_size=4).per_image, together, **close)
+    assert torch.allclose(negative_log_likelihood(model, data[:3], labels[:3], steps=30).per_image, together[:3], **close)  # whoever else is there
+    assert not torch.allclose(negative_log_likelihood(model, data, labels, steps=30, seed=1).per_image, together, rtol=1e-2)
     for wrong, message in [(dict(latents=data[:, :1]), "latents should be N×2×4×4"), (dict(labels=labels[1:]), "5 labels for 6 latents"), (dict(steps=1), "choose 2 … 1000"),
                            (dict(variance="lerned"), "did you mean 'learned'"), (dict(latents=data * torch.nan), "NaN or infinite values")]:
         with pytest.raises(ValueError, match=message): negative_log_likelihood(model, **{"latents": data, "labels": labels, "steps": 5} | wrong)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ddkit.data import load_digits_data
 from ddkit.networks import NETWORKS, NORMS, create_network, network_names
 
+torch.set_num_threads(1)  # networks of a digit's size gain nothing from more
 GLAD = ("alexnet", "vgg11", "resnet18glad", "vit")
 
 

@@ -66,15 +66,61 @@ def test_library_is_what_the_notebooks_export(tmp_path):
         assert (copy / file).read_text() == (ROOT / file).read_text(), f"{file} and {notebook.name} differ; run `make notebooks`"
 
 
-@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.stem)
-def test_modules_import_from_lower_floors_only(notebook):
-    floors = {module_of(p): int(p.stem[:2]) for p in LIBRARY}
-    tree = ast.parse((ROOT / "ddkit" / f"{module_of(notebook)}.py").read_text())
-    for node in ast.walk(tree):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            if name.startswith("ddkit."):
-                assert floors[name.split(".")[1]] < floors[module_of(notebook)], f"{notebook.stem} imports {name}"
+FLOORS = {module_of(p): int(p.stem[:2]) for p in LIBRARY}
+
+
+def kit_imports(source: str) -> list[tuple[str, ast.stmt]]:
+    """The kit's modules that a module imports, absolutely or relatively, anywhere in it, with the statement."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level: names = [f"ddkit.{node.module}"] if node.module else [f"ddkit.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom): names = [f"ddkit.{alias.name}" for alias in node.names] if node.module == "ddkit" else [node.module]
+        else: continue
+        found += [(name.split(".")[1], node) for name in names if name.startswith("ddkit.")]
+    return found
+
+
+def upward(source: str, module: str) -> list[str]:
+    """What a module imports from its own floor or above."""
+    return [name for name, _ in kit_imports(source) if name in FLOORS and FLOORS[name] >= FLOORS[module]]
+
+
+@pytest.mark.parametrize("module", FLOORS)
+def test_modules_import_from_lower_floors_only(module):
+    source = (ROOT / "ddkit" / f"{module}.py").read_text()
+    assert not upward(source, module)
+    for forbidden in ("from .cli import main", "from . import cli", "import ddkit.cli", "from ddkit.cli import main", "from ddkit import cli",
+                      "def f():\n    from .cli import main"):
+        assert upward(f"{source}\n{forbidden}\n", module) == ["cli"], f"{forbidden!r} would pass"
+
+
+# the command line answers `--help` at once: it imports what a command needs when the command runs
+LAZY = {"cli"}
+
+
+@pytest.mark.parametrize("module", [m for m in FLOORS if m not in LAZY])
+def test_imports_of_the_kit_stand_at_the_top(module):
+    source = (ROOT / "ddkit" / f"{module}.py").read_text()
+    assert all(node.col_offset == 0 for _, node in kit_imports(source))
+
+
+@pytest.mark.parametrize("module", FLOORS)
+def test_no_private_names_cross_a_wall(module):
+    for name, node in kit_imports((ROOT / "ddkit" / f"{module}.py").read_text()):
+        assert not any(alias.name.startswith("_") for alias in node.names), f"{module} takes a private name from {name}"
+
+
+@pytest.mark.parametrize("module", FLOORS)
+def test_rooms_are_small_and_lines_short(module):
+    lines = (ROOT / "ddkit" / f"{module}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 600, f"{len(lines)} lines: does the room hold one idea?"
+    long = [f"{i}: {line[:60]}…" for i, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("__all__")]
+    assert not long
+
+
+def test_no_two_rooms_share_a_floor():
+    assert len(set(FLOORS.values())) == len(FLOORS)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

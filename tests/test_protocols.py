@@ -3,7 +3,7 @@
 Where images live, stored labels, running statistics, memory-mapped sets, weight decay, every protocol from start to end,
 and what a result depends on."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ddkit import protocols, training
-from ddkit.augmentations import check_steps
+from ddkit.augmentations import AUGMENTATIONS, MIXES, check_steps
+from ddkit.code import reached
 from ddkit.data import load_digits_data
 from ddkit.images import ImageSet, RealData
 from ddkit.networks import create_network, network_names
@@ -309,6 +310,20 @@ def test_training_reads_no_field_that_a_protocol_is_made_of(name, few, data, tea
     assert watched.read == SEEN
     assert core.curve == told.curve and core.losses == told.losses
     assert core.settings | {"source": told.settings["source"]} == told.settings
+
+
+@pytest.mark.parametrize("name", protocol_names())
+@pytest.mark.parametrize("network", ["convnet6", "resnet18", "vit"])
+def test_a_result_depends_on_what_its_values_name_and_no_more(name, network):
+    "As `ddkit.code` walks from `train_and_test`: no protocol, no other network, no augmentation that isn't asked for."
+    values = training_values(WOOF, name, 10, 10, network)
+    found = reached([train_and_test], WOOF, [network, name, asdict(values)])
+    assert found.reads == SEEN | {"name"}
+    entries = {kind: {word for of, word in found.entries if of == kind} for kind, _ in found.entries}
+    asked = set(values.augmentations)
+    assert entries == {kind: words for kind, words in {
+        "network": {network}, "norm": {values.norm}, "normalization": {"imagenet"}, "augmentation": asked & set(AUGMENTATIONS),
+        "mix": asked & set(MIXES), "view of a test image": {"whole", values.test_view}}.items() if words}
 
 
 def test_a_ready_teacher_needs_no_protocol(data, teacher, three, tmp_path, monkeypatch):
