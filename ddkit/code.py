@@ -351,7 +351,7 @@ def _defaults_left(definition, call: Call) -> set[str]:
     return {word for name, (place, words) in _own_defaults(definition).items() for word in words
             if name not in call.keywords and place >= call.positional}
 
-# %% ../nbs/08_code.ipynb #ea3757b1
+# %% ../nbs/08_code.ipynb #ddf4d044
 @functools.lru_cache(maxsize=4096)
 def _walked(functions: tuple[Callable, ...], words: frozenset[str], plugins: tuple[str, ...], typed: int) -> Reached:
     walk = _Walk(functions, words)
@@ -369,9 +369,15 @@ def known_words(values: Iterable) -> frozenset[str]:
         if isinstance(value, str): found |= {value, *value.split(" + ")} if " + " in value else {value, *value.split()}
         elif isinstance(value, dict): todo += [*value, *value.values()]
         elif isinstance(value, (tuple, list, set, frozenset)): todo += list(value)
-    return frozenset(w for w in found if any(w in registry for registry in Registry.everywhere))
+    return frozenset(found & _names(Registry.changes, in_use_now()))
 
-# %% ../nbs/08_code.ipynb #39348107
+
+@functools.lru_cache(maxsize=16)
+def _names(changes: int, plugins: tuple[str, ...]) -> frozenset[str]:
+    "All registered names."
+    return frozenset(name for registry in Registry.everywhere for name in registry)
+
+# %% ../nbs/08_code.ipynb #df356d76
 _FIELDS = frozenset(f.name for f in fields(Profile))
 
 
@@ -394,9 +400,8 @@ def reached(
 def _session_state(functions: tuple[Callable, ...]) -> int:
     """Changes with the names of a notebook's session, which may stand for something else a cell later; 0 where no
     function was typed into one."""
+    if not _any_typed(Registry.changes) and all(f.__module__ != "__main__" for f in functions): return 0
     main = vars(sys.modules["__main__"])
-    entered = [*functions, *(entry.function for registry in Registry.everywhere for entry in registry.entries())]
-    if all(f.__module__ != "__main__" for f in entered): return 0
     return hash(tuple((name, id(value)) for name, value in main.items() if not name.startswith("_")))
 
 
@@ -413,3 +418,9 @@ def forget_sources() -> None:
     "Read all sources again: for tests that edit them."
     for cached in (_walked, _module, _definition_facts, _never_returns, _own_defaults, _is_followed):
         cached.cache_clear()
+
+# %% ../nbs/08_code.ipynb #5356db01
+@functools.lru_cache(maxsize=1)
+def _any_typed(changes: int) -> bool:
+    "Whether anything that was typed into a notebook is registered."
+    return any(e.function.__module__ == "__main__" for registry in Registry.everywhere for e in registry.entries())

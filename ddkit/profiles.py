@@ -7,8 +7,9 @@ __all__ = ['FEATURES', 'HOW', 'FILES', 'KIT', 'SHIPPED', 'Profile', 'Training', 
            'profile_options', 'signature_options', 'resolve_options', 'find_settings', 'project_root', 'runs_root',
            'profile_names', 'load_profile', 'cast', 'torch_device']
 
-# %% ../nbs/01_profiles.ipynb #cbb5facb
+# %% ../nbs/01_profiles.ipynb #8718ee30
 import configparser
+import functools
 import inspect
 import os
 import types
@@ -207,7 +208,7 @@ def training_change(
     "The value for a field of `Training`, converted and checked."
     return _checked(name, value, where, _TRAINING_TYPES)
 
-# %% ../nbs/01_profiles.ipynb #b3c465a1
+# %% ../nbs/01_profiles.ipynb #71131b0f
 def profile_options(
     profile: Profile,
     owner: str,  # a registered name: "dap"
@@ -221,7 +222,12 @@ def signature_options(
     skip: int = 1,  # how many of them
 ) -> dict[str, inspect.Parameter]:
     "The options that a function takes."
-    return dict(list(inspect.signature(function).parameters.items())[skip:])
+    return dict(_parameters(function)[skip:])
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters(function: Callable) -> tuple[tuple[str, inspect.Parameter], ...]:
+    return tuple(inspect.signature(function).parameters.items())
 
 
 def resolve_options(

@@ -109,10 +109,11 @@ class Entry:
         "Where it came from, for a reader: a module, or a file."
         return self.plugin or self.function.__module__
 
-# %% ../nbs/00_registry.ipynb #06abadec
+# %% ../nbs/00_registry.ipynb #7f683365
 class Registry(Mapping):
     "Name → thing, in the order of registration. What plugins registered is there while they are in use."
     everywhere: list["Registry"] = []  # all registries
+    changes: int = 0  # how often anything was registered or removed, anywhere
 
     def __init__(
         self,
@@ -136,6 +137,7 @@ class Registry(Mapping):
             if not is_redefinition(function, known.function):
                 raise ValueError(f"{self.kind} {name!r} exists already (from {known.origin}); choose another name")
         self._entries[name, plugin] = Entry(name, value, function, plugin)
+        Registry.changes += 1
         return value
 
     def _rivals(self, name: str, plugin: str) -> list[Entry]:
@@ -178,3 +180,4 @@ class Registry(Mapping):
     def remove(self, name: str) -> None:
         "Forget what a notebook or a test registered."
         self._entries = {(n, of): e for (n, of), e in self._entries.items() if n != name}
+        Registry.changes += 1
