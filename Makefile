@@ -1,5 +1,6 @@
 # make reproduce   the environment, then the tables and figures of PROFILE (default: digits)
-# make test        the environment, then every test
+# make test        the environment, then every test but the slow ones; the ten slowest are printed
+# make test-slow   what needs depth
 # make bench       speed, printed as ratios
 # make readme      README.md from nbs/index.ipynb
 # make clean       delete what was computed (runs/), not the artefacts
@@ -10,15 +11,19 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 
-.PHONY: reproduce test bench readme notebooks clean
+.PHONY: reproduce test test-slow bench readme notebooks clean
 
 reproduce: $(READY)
 	$(BIN)/ddkit reproduce --profile $(PROFILE)
 
 test: $(READY)
-	$(BIN)/nbdev-test --n-workers 2 nbs
-	$(BIN)/python -m pytest -q tests/test_engine.py  # alone: it interrupts and kills runs at certain moments
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_engine.py tests
+	$(BIN)/nbdev-test --n-workers 2 --timing nbs
+	$(BIN)/python -m pytest -q --durations 10 tests/test_engine.py  # alone: it interrupts and kills runs at certain moments
+	$(BIN)/python -m pytest -q --durations 10 -n 2 --dist loadfile --ignore tests/test_engine.py tests
+
+test-slow: $(READY)
+	$(BIN)/nbdev-test --n-workers 2 --flags slow nbs
+	$(BIN)/python -m pytest -q --durations 10 -n 2 -m slow tests
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

@@ -482,15 +482,19 @@ def run(
     except NotebookError as error: _fail(error, 1)
     print(f"executed: {short_path(done)}")
 
-# %% ../nbs/63_cli.ipynb #9c97454f
+# %% ../nbs/63_cli.ipynb #554d0144
 @app.command(epilog="Example: ddkit init my-project")
 def init(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
 ) -> None:
     "Start a project of your own: settings.ini, a method of your own, and a first notebook."
     _free(folder, "folder")
-    shutil.copytree(SHIPPED / "project", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__*", ".*"))
-    for path, what in _PROJECT.items(): print(f"{folder / path}: {what}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, what in _PROJECT.items():
+        source = SHIPPED / "project" / name
+        if source.suffix == ".py": source = source.with_name(f"{name}.txt")  # a module is not shipped as one
+        shutil.copy(source, folder / name)
+        print(f"{folder / name}: {what}")
     print(f"\ncd {shlex.quote(str(folder))} && ddkit run first_steps.ipynb --out first_steps.run.ipynb")
 
 

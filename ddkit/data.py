@@ -124,14 +124,14 @@ class ImageFolder(Dataset):
         return (f"{archive_of(Path(p.root), train, test)}: {len(train):,} training and {len(test):,} test images, "
                 f"{len(train.folders)} classes {order}")
 
-# %% ../nbs/06_data.ipynb #11a96743
+# %% ../nbs/06_data.ipynb #c051e9b5
 def load_data(
     profile: Profile,
 ) -> RealData:
     "The real data that a profile asks for. Errors name the folder or file that is missing, empty or no image."
     return DATASETS[profile.dataset](profile).load()
 
-
+# %% ../nbs/06_data.ipynb #fef03883
 def class_count(
     profile: Profile,
 ) -> int:

@@ -36,7 +36,7 @@ DECODER = 1  # raised when the same file would give other pixels: older entries 
 CHUNK = 128  # images that are decoded, written and recorded together
 SMALLEST_CACHED = 257  # a smaller set is decoded into memory: that takes about a second
 
-# %% ../nbs/05_decoding.ipynb #077defb6
+# %% ../nbs/05_decoding.ipynb #bd9e1ad0
 def _read_many(paths: list[str], size: int, channels: int) -> tuple[np.ndarray, list[str]]:
     "The files' pixels, uint8 N×C×S×S, and a line for every file that is no image."
     pixels, bad = np.zeros((len(paths), channels, size, size), dtype=np.uint8), []
@@ -51,7 +51,7 @@ def _raise_if_bad(bad: list[str], listing: Listing) -> None:
     raise ValueError(f"{listing.split} has {counted(bad, 'unreadable image')} among {len(listing):,}: "
                      f"{few(sorted(bad), 5)}; remove or replace what is named")
 
-
+# %% ../nbs/05_decoding.ipynb #50da9658
 def _decode_chunk(
     chunk: int,  # its number
     paths: list[str],  # its files
@@ -68,7 +68,7 @@ def _decode_chunk(
         file.write(pixels.data)
     return chunk, zlib.crc32(pixels), []
 
-# %% ../nbs/05_decoding.ipynb #7fcb038e
+# %% ../nbs/05_decoding.ipynb #546c03ec
 @dataclass(frozen=True)
 class _Entry:
     "One split in the cache: where it lies and what it holds."
@@ -104,7 +104,7 @@ class _Entry:
         return {"split": str(Path(self.listing.split).resolve()), "folders": self.listing.folders,
                 "size": self.size, "channels": self.channels, "decoder": DECODER}
 
-
+# %% ../nbs/05_decoding.ipynb #47a96160
 def _entry(listing: Listing, size: int, channels: int, cache: Path) -> _Entry:
     split = Path(listing.split).resolve()
     decides = json.dumps([DECODER, str(split), listing.folders, size, channels, listing.digest])
@@ -141,7 +141,7 @@ def _intact_chunks(entry: _Entry) -> dict[int, int]:
             if zlib.crc32(file.read(len(entry.chunks[chunk]) * entry.image_bytes)) == crc: intact[chunk] = crc
     return intact
 
-# %% ../nbs/05_decoding.ipynb #8b3e7711
+# %% ../nbs/05_decoding.ipynb #e5e70448
 def _open_unfinished(entry: _Entry) -> dict[int, int]:
     """The unfinished folder with an array of full size; its intact chunks.
 
@@ -160,7 +160,7 @@ def _open_unfinished(entry: _Entry) -> dict[int, int]:
     _describe(entry)
     return intact
 
-
+# %% ../nbs/05_decoding.ipynb #01ba13c1
 def _record(entry: _Entry, chunks: dict[int, int]) -> None:
     "Write the record anew, with these chunks."
     record = entry.unfinished / "chunks.txt"
@@ -168,7 +168,7 @@ def _record(entry: _Entry, chunks: dict[int, int]) -> None:
     record.with_suffix(".new").write_text(lines, encoding="utf-8")
     os.replace(record.with_suffix(".new"), record)
 
-# %% ../nbs/05_decoding.ipynb #2d59b9b2
+# %% ../nbs/05_decoding.ipynb #d830641d
 def _describe(entry: _Entry, **more) -> None:
     text = json.dumps(entry.about | more, indent=1) + "\n"
     (entry.unfinished / "entry.json").write_text(text, encoding="utf-8")
@@ -182,14 +182,14 @@ def _check_space(entry: _Entry, chunks: list[int]) -> None:
     raise ValueError(f"decoding {entry.listing.split} needs {gigabytes(needed)} and {entry.folder.parent} has "
                      f"{gigabytes(free)} free; set `cache = /path` in settings.ini to a larger disk")
 
-
+# %% ../nbs/05_decoding.ipynb #d4ed76c4
 def _finish(entry: _Entry) -> None:
     "All chunks are there: describe the entry and move it into place."
     with open(entry.unfinished / "pixels.npy", "rb") as file: os.fsync(file.fileno())
     _describe(entry, images=len(entry.listing), pillow=PIL.__version__, stamp=_stamp(entry.unfinished))
     os.rename(entry.unfinished, entry.folder)
 
-# %% ../nbs/05_decoding.ipynb #7ebe616e
+# %% ../nbs/05_decoding.ipynb #efbb1395
 def _decode(entry: _Entry, workers: int | None) -> None:
     """Called with the lock held: decode what is missing and move the entry into place.
 
@@ -210,7 +210,7 @@ def _decode(entry: _Entry, workers: int | None) -> None:
     _finish(entry)
     _sweep(entry, "*")
 
-
+# %% ../nbs/05_decoding.ipynb #9fd4064a
 def _results(entry: _Entry, chunks: list[int], workers: int | None):
     "What `_decode_chunk` returns for each of these, as it comes."
     paths, array = entry.listing.paths, entry.unfinished / "pixels.npy"

@@ -25,7 +25,7 @@ import ddkit
 from .registry import nearest_name
 from .images import IMAGE_ENDINGS, UNREADABLE
 
-# %% ../nbs/04_folders.ipynb #009e3c0f
+# %% ../nbs/04_folders.ipynb #e1ede6b8
 @dataclass(frozen=True)
 class ImageNetClass:
     "One class of a list: WordNet id, the index among ImageNet's 1,000 classes (= DiT's label), name."
@@ -38,7 +38,7 @@ def _rows(file: str) -> list[dict]:
     path = Path(ddkit.__file__).parent / "assets" / file
     with open(path, newline="", encoding="utf-8") as lines: return list(csv.DictReader(lines))
 
-
+# %% ../nbs/04_folders.ipynb #7ad45e6d
 @functools.cache
 def _class_lists() -> dict[str, tuple[ImageNetClass, ...]]:
     lists: dict[str, list[ImageNetClass]] = {}
@@ -54,7 +54,7 @@ def class_lists() -> dict[str, list[ImageNetClass]]:
     `imagenet1k` are all 1,000 in ImageNet's own order, which is that of the sorted WordNet ids."""
     return {name: list(classes) for name, classes in _class_lists().items()}
 
-# %% ../nbs/04_folders.ipynb #b6007a80
+# %% ../nbs/04_folders.ipynb #2b6afb80
 def class_list(
     classes: str,  # a class list's name
 ) -> list[ImageNetClass]:
@@ -62,7 +62,7 @@ def class_list(
     if classes not in _class_lists(): nearest_name("class list", classes, _class_lists())
     return class_lists()[classes]
 
-
+# %% ../nbs/04_folders.ipynb #51e2951b
 def imagenet_indices(
     classes: str,  # a class list's name, as in `Profile.classes`
 ) -> list[int] | None:
@@ -148,7 +148,7 @@ def folders_and_files(
         seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
     return [name for name, is_folder in seen if is_folder], [name for name, is_folder in seen if not is_folder]
 
-# %% ../nbs/04_folders.ipynb #79192a59
+# %% ../nbs/04_folders.ipynb #315fa88f
 def _why_no_classes(split: Path, files: list[str]) -> str:
     "What a split without class folders probably is."
     if any(name.startswith("ILSVRC2012_val_") for name in files):
@@ -158,7 +158,7 @@ def _why_no_classes(split: Path, files: list[str]) -> str:
         return f"{split} holds archives that are not unpacked ({few(tars)}); unpack each into a folder of its name"
     return f"{split} has no class folders; expected {split.name}/<class>/*.JPEG"
 
-
+# %% ../nbs/04_folders.ipynb #c8240cb4
 def _class_folders(split: Path, wanted: list[str] | None, exact: bool = False) -> list[str]:
     "The class folders in label order, looked for but not into."
     present, files = folders_and_files(split)
@@ -175,7 +175,7 @@ def _class_folders(split: Path, wanted: list[str] | None, exact: bool = False) -
                          "move each into its class's folder")
     return wanted
 
-# %% ../nbs/04_folders.ipynb #7a69c184
+# %% ../nbs/04_folders.ipynb #f01093e3
 def scan_split(
     split: str | Path,  # e.g. …/train
     wanted: list[str] | None = None,  # class folders in label order; None: all, sorted by name
@@ -192,7 +192,7 @@ def scan_split(
     digest = hashlib.sha256("".join(digest for _, _, digest in found).encode()).hexdigest()
     return Listing(str(split), folders, [images for images, _, _ in found], digest)
 
-
+# %% ../nbs/04_folders.ipynb #60e7aa6b
 def _check_files(split: Path, folders: list[str], found: list[tuple]) -> None:
     "`ValueError` for files that are no images, and for classes that have none."
     if others := [f"{split}/{folder}/{name}" for folder, (_, names, _) in zip(folders, found) for name in names]:
@@ -206,7 +206,7 @@ def _check_files(split: Path, folders: list[str], found: list[tuple]) -> None:
 # fastai's archive → class list, training and test images
 FASTAI = {"imagenette2": ("imagenette", 9469, 3925), "imagewoof2": ("imagewoof", 9025, 3929)}
 
-# %% ../nbs/04_folders.ipynb #b9e06705
+# %% ../nbs/04_folders.ipynb #ca854acc
 def _as_validation(folder: str) -> str: return "ILSVRC2012_val_"
 def _as_training(folder: str) -> str: return f"{folder}_"
 
@@ -216,7 +216,7 @@ def _share(listing: Listing, prefix) -> float:
     fits = (name.startswith(prefix(folder)) for folder, names in zip(listing.folders, listing.names) for name in names)
     return sum(fits) / len(listing)
 
-
+# %% ../nbs/04_folders.ipynb #e5de9a73
 def _shared_short_side(listing: Listing, probes: int = 64) -> int | None:
     "The short side of files that were shrunk to one; None for files of many sizes. Reads a few headers."
     sides = []

@@ -95,7 +95,7 @@ INPUTS = ("real", "synthetic", "real_labels", "synthetic_labels")
 # and the places in a map of `tsne_embedding`
 FEATURES = (*PROFILE_FEATURES, "tsne")
 
-# %% ../nbs/25_metrics.ipynb #24ad906f
+# %% ../nbs/25_metrics.ipynb #1449cb99
 @dataclass(frozen=True)
 class Metric:
     "A registered metric."
@@ -133,12 +133,12 @@ class Metric:
         what = f"{type(value).__name__}{tuple(getattr(value, 'shape', ())) or ''}"
         raise ValueError(f"metric {self.name!r} returned {what}; a metric returns one number")
 
-
+# %% ../nbs/25_metrics.ipynb #b2f5285f
 def _present(*inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
     "The inputs that are there, by name."
     return {k: v for k, v in zip(INPUTS, inputs) if v is not None}
 
-# %% ../nbs/25_metrics.ipynb #9a1e54e5
+# %% ../nbs/25_metrics.ipynb #dc254890
 METRICS = Registry("metric")  # name → Metric
 
 
@@ -162,7 +162,7 @@ def register_metric(
 
     return register
 
-
+# %% ../nbs/25_metrics.ipynb #3b9478ef
 def _check_inputs(metric: Metric) -> None:
     "`ValueError` for a function that needs nothing of `INPUTS`, or more than that."
     if metric.inputs and metric.inputs <= set(INPUTS): return
@@ -217,12 +217,12 @@ def _subsamples(
     generator = torch.Generator().manual_seed(seed)
     return _subsample(real, at_most, generator), _subsample(synthetic, at_most, generator)
 
-# %% ../nbs/25_metrics.ipynb #e5d514cb
+# %% ../nbs/25_metrics.ipynb #902dbdff
 def _rbf_sum(a: torch.Tensor, b: torch.Tensor, gamma: float) -> float:
     "Sum of k(aᵢ, bⱼ) over all pairs."
     return sum(float(torch.exp(-gamma * torch.cdist(rows, b).square()).sum()) for _, rows in _blocks(a, len(b)))
 
-
+# %% ../nbs/25_metrics.ipynb #55827f33
 @register_metric("lower", "MMD² (signed)")
 def mmd_squared(
     real: torch.Tensor,  # N×D features, N ≥ 2
@@ -273,7 +273,7 @@ def _root(points: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
     scales, axes = torch.linalg.eigh(_covariance(points, origin))
     return axes * scales.clamp(min=0).sqrt()
 
-# %% ../nbs/25_metrics.ipynb #ba6aecfa
+# %% ../nbs/25_metrics.ipynb #80e18fb8
 @register_metric("lower", "Fréchet distance")
 def frechet_distance(
     real: torch.Tensor,  # N×D features, N ≥ 2
@@ -289,7 +289,7 @@ def frechet_distance(
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     return max(0.0, float((_centre(synthetic) - origin).square().sum() + x.trace() + root.square().sum() - 2 * trace))
 
-
+# %% ../nbs/25_metrics.ipynb #a3cef130
 @register_metric("lower", "FID", features="inception")
 def fid(
     real: torch.Tensor,  # N×2048, N ≥ 2
@@ -364,7 +364,7 @@ def neighbour_radii(
     return torch.cat([torch.cdist(rows - origin, everyone).kthvalue(neighbours + 1, dim=1).values
                       for _, rows in _blocks(points, len(points))])
 
-# %% ../nbs/25_metrics.ipynb #746828d6
+# %% ../nbs/25_metrics.ipynb #aed1d3df
 def _ball_counts(
     centres: torch.Tensor,  # N×D
     radii: torch.Tensor,  # N
@@ -381,7 +381,7 @@ def _ball_counts(
         around += near.sum(0)
     return torch.cat(inside), around
 
-
+# %% ../nbs/25_metrics.ipynb #5451a358
 def _real_balls(
     real: torch.Tensor, synthetic: torch.Tensor, neighbours: int, max_points: int, seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -501,7 +501,7 @@ def nearest_real_distance(
     return torch.cat([torch.cdist(rows - origin, real).topk(neighbours, largest=False).values.mean(1)
                       for _, rows in _blocks(synthetic, len(real))])
 
-# %% ../nbs/25_metrics.ipynb #9322939e
+# %% ../nbs/25_metrics.ipynb #49fac7a6
 @register_metric("higher", "t-SNE diversity", features="tsne")
 def tsne_diversity(
     synthetic: torch.Tensor,  # places in a map, M×2
@@ -512,7 +512,7 @@ def tsne_diversity(
     Higher is better (MGD³, Table 9)."""
     return float(nearest_of_class(synthetic, synthetic_labels).mean())
 
-
+# %% ../nbs/25_metrics.ipynb #afa923e6
 @register_metric("higher", "t-SNE representativeness", features="tsne")
 def tsne_representativeness(
     real: torch.Tensor,  # places in a map, N×2

@@ -41,15 +41,14 @@ def stamp_path(artefact, profile: str, store: Store) -> Path:
     "Where an artefact's stamp lies."
     return store.root / "artefacts" / profile / artefact.paper / f"{artefact.id}.json"
 
-# %% ../nbs/61_plans.ipynb #deef5bb4
+# %% ../nbs/61_plans.ipynb #d1199ba5
 _ABOVE = ("plans", "engine", "cli")
 
 
 def library_files() -> list[Path]:
     "The modules of the kit that a notebook may call."
-    package = Path(ddkit.__file__).parent
-    found = [p for p in sorted(package.rglob("*.py")) if "assets" not in p.relative_to(package).parts]
-    return [p for p in found if not p.stem.startswith("_") and p.stem not in _ABOVE]
+    found = sorted(Path(ddkit.__file__).parent.rglob("*.py"))
+    return [path for path in found if not path.stem.startswith("_") and path.stem not in _ABOVE]
 
 
 @functools.cache

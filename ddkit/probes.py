@@ -126,7 +126,7 @@ def _strata(total: int, steps: int) -> np.ndarray:
     edges = np.maximum(np.round(rest).astype(int), 1 + np.arange(len(rest)))
     return np.concatenate([[0], np.minimum(edges, total - np.arange(len(rest))[::-1])])
 
-# %% ../nbs/27_probes.ipynb #9f688dc0
+# %% ../nbs/27_probes.ipynb #a2edcc7d
 def _drawn_timesteps(streams: NoiseStreams, k: int, edges: np.ndarray) -> torch.Tensor:
     "A timestep for every image, uniform over stratum k."
     low, width = edges[k], edges[k + 1] - edges[k]
@@ -134,7 +134,7 @@ def _drawn_timesteps(streams: NoiseStreams, k: int, edges: np.ndarray) -> torch.
                for c, i in zip(streams.labels, streams.indices)]
     return torch.tensor([int(low + u * width) for u in uniform], device=streams.device)
 
-
+# %% ../nbs/27_probes.ipynb #e71cbce8
 def _bound_term(backbone, clean, labels, t, noise, variance) -> torch.Tensor:
     "L_t of every image, N, in bits per dimension."
     noisy = forward_noise(clean, noise, t, backbone.alphas_cumprod)
@@ -143,7 +143,7 @@ def _bound_term(backbone, clean, labels, t, noise, variance) -> torch.Tensor:
     v = learned[0] if learned and variance == "learned" else torch.full_like(clean, -1)
     return variational_bound(torch.cat([predicted, v], 1), clean, noisy, t, backbone.alphas_cumprod)
 
-
+# %% ../nbs/27_probes.ipynb #6eca6ac0
 def _prior_term(clean: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
     "L_T of every image, N, in bits per dimension: what is left of it in the last x_T."
     last = float(alphas_cumprod[-1])
@@ -151,7 +151,7 @@ def _prior_term(clean: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tens
     nats = gaussian_kl(math.sqrt(last) * clean.double(), zero + math.log(1 - last), zero, zero)
     return nats.flatten(1).mean(1) / math.log(2)
 
-# %% ../nbs/27_probes.ipynb #59411461
+# %% ../nbs/27_probes.ipynb #a035087c
 @torch.no_grad()
 def negative_log_likelihood(
     # or any callable (x, t, labels) with `alphas_cumprod`, `latent_shape`, `device` and `model_labels`
@@ -182,7 +182,7 @@ def negative_log_likelihood(
                          "check the precision the denoiser runs in")
     return Likelihood(per_image, steps)
 
-
+# %% ../nbs/27_probes.ipynb #2c25fdcd
 def _bound(backbone, clean, labels, edges, streams, variance) -> torch.Tensor:
     "The bound of one batch, N, float64: L_T, and each stratum's term weighted with its width."
     clean, labels = clean if clean.dtype == torch.float64 else clean.float(), backbone.model_labels(labels)

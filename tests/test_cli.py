@@ -154,7 +154,7 @@ def test_distil_evaluate_measure_and_status(ddkit, tmp_path):
     assert set(metrics[1].split()[::2]) == {"l2_distance", "mmd", "frechet_distance", "representativeness", "diversity", "mmd_squared", "precision", "recall", "density", "coverage", "kernel_distance"}
 
     code, out, err = ddkit("status --profile smoke")
-    assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:8]] == [["encode", "1"], ["finetune", "0"], ["distill", "1"], ["features", "4"], ["evaluate", "2"], ["measure", "1"]]
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:8]] == [["encode", "1"], ["finetune", "0"], ["distill", "1"], ["evaluate", "2"], ["features", "4"], ["measure", "1"]]
     damaged = next((tmp_path / "runs" / "distill").glob("*/3/00000.png"))
     damaged.write_bytes(b"x")
     assert "damaged: distill random ipc 2 seed 1" in ddkit("status --profile smoke")[1]

@@ -65,29 +65,54 @@ DISPLAY = ("__repr__", "__str__", "_repr_markdown_", "__init_subclass__")
 
 @pytest.mark.parametrize("cell", REPRESENTATIVES, ids=str)
 def test_all_code_that_is_entered_is_in_the_key(cell, store, tmp_path):
+    """The text of every function that is entered is one of those that the key is a hash of, and no other function has the same text."""
+    found = code_of(cell)  # first: naming a cell enters functions too
+    before = cell.key
     for up in cell.inputs: store.compute(up)
     entered = {name for name in entered_by(lambda: compute(cell, store, tmp_path / "payload")) if name.rsplit(".")[-1] not in DISPLAY}
-    known, before = set(code_of(cell).definitions), cell.key
-    assert len(entered) > 5 and entered <= known, sorted(entered - known)
-    for name in sorted(entered):  # and each of them counts
-        assert key_with_an_edit(cell, name) != before, name
+    assert len(entered) > 5 and entered <= set(found.definitions), sorted(entered - set(found.definitions))
+    for name in sorted(entered): assert texts_of(name) <= set(found.texts), name
+    some = sorted(entered)[len(str(cell)) % len(entered)]
+    assert key_with_an_edit(cell, some) != before, some
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", REPRESENTATIVES, ids=str)
+def test_an_edit_of_any_function_that_is_entered_changes_the_key(cell, store, tmp_path):
+    before = cell.key
+    for up in cell.inputs: store.compute(up)
+    for name in sorted(entered_by(lambda: compute(cell, store, tmp_path / "payload"))):
+        if name.rsplit(".")[-1] not in DISPLAY: assert key_with_an_edit(cell, name) != before, name
+
+
+def texts_of(name: str) -> set[str]:
+    """The bare code of a function of the kit."""
+    module, *path = name.removeprefix("ddkit.").split(".")
+    definition = code.Definition(f"ddkit.{module}", ".".join(path))
+    return {facts.text for facts in code._definition_facts(definition, code._registered_names().get(definition, frozenset()))}
+
+
+def with_a_statement(source: str, name: str) -> str:
+    """The source of a module with a statement put into one of its functions."""
+    tree = ast.parse(source)
+    nodes = tree.body
+    for part in name.split("."):
+        wanted = [node for node in nodes if getattr(node, "name", "") == part]
+        nodes = [child for node in wanted for child in node.body]
+    for node in wanted: node.body.insert(1 if ast.get_docstring(node) else 0, ast.parse("assert 'edited'").body[0])
+    return ast.unparse(tree)
 
 
 def key_with_an_edit(cell: Cell, name: str) -> str:
     """The key that the cell would have if a function were edited."""
-    facts = code._definition_facts
-
-    def edited(definition, registered):
-        found = facts(definition, registered)
-        if str(definition) != name: return found
-        return (code.replace(found[0], text=found[0].text + "\n# edited"), *found[1:])
-
-    code._definition_facts = edited
-    code._walked.cache_clear()
+    _, module, function = name.split(".", 2)
+    read = code.module_source
+    code.module_source = lambda asked: with_a_statement(read(asked), function) if asked == f"ddkit.{module}" else read(asked)
+    code.forget_sources()
     try: return Cell(**{f: getattr(cell, f) for f in cell.__dataclass_fields__}).key
     finally:
-        code._definition_facts = facts
-        code._walked.cache_clear()
+        code.module_source = read
+        code.forget_sources()
 
 
 class Recorded(Profile):
