@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddkit import runs
 from ddkit.backbones import DiT, load_dit_checkpoint
-from ddkit.data import class_lists, load_data
+from ddkit.data import load_data
+from ddkit.folders import class_lists
 from ddkit.methods import distill, get_method, method_names, prepare
 from ddkit.profiles import load_profile
+from ddkit.store import Store
+from ddkit.work import distill_cell
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_backbones import VAE, save_stable_diffusion
@@ -35,8 +37,10 @@ def images(tmp_path_factory):
 
 def tiny(profile, root, **changes):
     "A profile of the papers at the size of a stamp."
-    return load_profile(profile, root=str(root), image_size=16, eval_size=16, device="cpu", steps=10, stop=5, prior_stop=5, prior_real=4, neighbours=4, tangent_dim=2, cloud_size=8, start_level=0,
-                        network_width=0.125, full_epochs=1, evaluations=1, finetune_epochs=1, finetune_batch_size=25, batch_size=7, **changes)
+    options = {"mgd3.stop": 5, "manifoldgd.stop": 5, "dap.stop": 5, "dap.real": 4, "manifoldgd.neighbours": 4, "manifoldgd.tangent_dim": 2,
+               "manifoldgd.cloud_size": 8, "manifoldgd.start_level": 0, "difffit.epochs": 1, "difffit.batch_size": 25}
+    return load_profile(profile, root=str(root), image_size=16, eval_size=16, device="cpu", steps=10, network_width=0.125, full_epochs=1,
+                        evaluations=1, batch_size=7, **options, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +88,9 @@ def test_every_method_works_with_generators_of_the_papers(method, generator, inp
 
 
 def test_fine_tuned_weights_are_one_cell_for_all_sizes_and_seeds(tmp_path):
-    store = runs.Store(tmp_path / "runs")
-    sets = [runs.distill_cell(SMOKE, "minimax", ipc, seed) for ipc, seed in ((1, 0), (2, 0), (1, 1))] + [runs.distill_cell(SMOKE, "minimax + igd", 1, 0)]
-    tuned = {up.key for cell in sets for up in cell.upstream if up.kind == "finetune" and up.method == "minimax"}
+    store = Store(tmp_path / "runs")
+    sets = [distill_cell(SMOKE, "minimax", ipc, seed) for ipc, seed in ((1, 0), (2, 0), (1, 1))] + [distill_cell(SMOKE, "minimax + igd", 1, 0)]
+    tuned = {up.key for cell in sets for up in cell.inputs if up.kind == "finetune" and up.method == "minimax"}
     assert len(tuned) == 1
     for cell in sets[:3]: store.compute(cell)
     assert [p.name for p in (tmp_path / "runs/finetune").iterdir()] == list(tuned)
@@ -95,18 +99,18 @@ def test_fine_tuned_weights_are_one_cell_for_all_sizes_and_seeds(tmp_path):
 
 def test_keys_of_fine_tuned_weights_depend_on_what_decides_them():
     def keys(profile, method, **options):
-        cell = runs.distill_cell(profile, method, 1, 0, **options)
-        return cell.key, [up.key for up in cell.upstream if up.kind == "finetune"]
-    longer = SMOKE.replace(finetune_epochs=2)
+        cell = distill_cell(profile, method, 1, 0, **options)
+        return cell.key, [up.key for up in cell.inputs if up.kind == "finetune"]
+    longer = SMOKE.replace(**{"difffit.epochs": 2})
     assert keys(SMOKE, "minimax") != keys(longer, "minimax") and keys(SMOKE, "mgd3") == keys(longer, "mgd3")
     assert keys(SMOKE, "minimax", negative=0.1)[1] != keys(SMOKE, "minimax")[1]
     assert keys(SMOKE, "ims3", groups=2)[1] == keys(SMOKE, "ims3")[1] == keys(SMOKE, "im")[1] and keys(SMOKE, "ims3", groups=2)[0] != keys(SMOKE, "ims3")[0]
-    assert keys(SMOKE, "dap + mgd3") == keys(SMOKE, "mgd3 + dap") and runs.distill_cell(SMOKE, "im + s3", 1) == runs.distill_cell(SMOKE, "ims3", 1)
-    with pytest.raises(ValueError, match="unknown option of method 'ims3': 'group'; did you mean 'groups'"): runs.distill_cell(SMOKE, "ims3", 1, group=2)
+    assert keys(SMOKE, "dap + mgd3") == keys(SMOKE, "mgd3 + dap") and distill_cell(SMOKE, "im + s3", 1) == distill_cell(SMOKE, "ims3", 1)
+    with pytest.raises(ValueError, match="unknown option of method 'ims3': 'group'; did you mean 'groups'"): distill_cell(SMOKE, "ims3", 1, group=2)
 
 
 def test_one_missing_thing_is_one_line_and_nothing_is_written(dit_profile, images, tmp_path):
-    for changes, message in ((dict(weights=str(tmp_path / "none.pt")), "none.pt"), (dict(vae=str(tmp_path / "none")), "none"), (dict(image_size=32), "8×8"), (dict(prior_layer=7), "no layer 7; this denoiser has 2 blocks")):
+    for changes, message in ((dict(weights=str(tmp_path / "none.pt")), "none.pt"), (dict(vae=str(tmp_path / "none")), "none"), (dict(image_size=32), "8×8"), ({"dap.layer": 7}, "no layer 7; this denoiser has 2 blocks")):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error: distill("dap", dit_profile.replace(**changes), ipc=1, out=tmp_path / "set")
         assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
 
@@ -120,4 +124,4 @@ def test_methods_prepare_what_they_need_by_themselves(method):
 
 def test_sums_that_cannot_be_are_refused_before_anything_is_computed():
     for name, message in (("d4m + d3hr", "cannot both decide 'start'"), ("s3 + cao2", "cannot both decide 'candidates'"), ("minimax + random", "'random' makes its images itself"), ("im + minimax", "two different weights")):
-        with pytest.raises(ValueError, match=message): runs.distill_cell(SMOKE, name, 1)
+        with pytest.raises(ValueError, match=message): distill_cell(SMOKE, name, 1)
