@@ -256,7 +256,7 @@ def check(
                 print(f"{name:<12}{'WRONG' if name == 'options' else 'MISSING'}  {error}")
     if missing: raise SystemExit(1)
 
-# %% ../nbs/63_cli.ipynb #f391b65b
+# %% ../nbs/63_cli.ipynb #01f274ba
 @app.command(epilog="Example: ddkit methods s3")
 def methods(
     name: Annotated[Optional[str], typer.Argument(help="Show this one: what it does, and its options.")] = None,
@@ -276,17 +276,18 @@ def _show_method(method, profile) -> None:
     for part in method.parts or (method,): _show_options(part, part.recipe, profile, "method")
     for name in method.preparations:
         _show_options(PREPARATIONS[name], PREPARATIONS[name].function, profile, "preparation")
-    print(f"\n--option NAME=VALUE changes one for a call, a line {method.name.split()[0]}.NAME = VALUE in settings.ini "
-          "(or --set) for a profile")
+    print("\nchange one with --option NAME=VALUE, or for a profile with a line METHOD.NAME = VALUE in settings.ini")
 
-# %% ../nbs/63_cli.ipynb #97e8a1bc
-def _first_line(function) -> str: return (function.__doc__ or "no description").strip().splitlines()[0]
+# %% ../nbs/63_cli.ipynb #be07d9d4
+def _about(function) -> str:
+    "The first paragraph of a docstring, in one line."
+    return " ".join((function.__doc__ or "no description").strip().split("\n\n")[0].split())
 
 
 def _show_options(thing, function, profile, kind: str) -> None:
     "What a method's part or a preparation does, and a row for each of its options."
-    family = f" (of the family {thing.family}: what is said of {thing.family} counts for it)" if thing.family else ""
-    print(f"{'prepared first: ' * (kind == 'preparation')}{thing.name}: {_first_line(function)}{family}")
+    print(f"{'prepared first: ' * (kind == 'preparation')}{thing.name}: {_about(function)}")
+    if thing.family: print(f"  of the family {thing.family}: a line for {thing.family} counts here too")
     values = resolve_options(function, profile, thing.owners, kind=kind)
     rows = [(name, _words(value), option_origin(profile, thing.owners, name)) for name, value in values.items()]
     if rows: _columns([("option", "value", "from"), *rows], indent="  ")
@@ -344,7 +345,7 @@ def _show_protocol(protocol, profile, ipc: int) -> None:
     training = training_values(profile, protocol.name, ipc, class_count(profile))
     _show({key: _words(value) for key, value in vars(training).items()})
 
-# %% ../nbs/63_cli.ipynb #82317d86
+# %% ../nbs/63_cli.ipynb #616a9b32
 @app.command()
 def metrics(
     profile: ProfileOption = "digits",
@@ -352,7 +353,7 @@ def metrics(
     "List the metrics, your own included."
     from ddkit.metrics import get_metric, metric_names
     with plugins_of(load_profile(profile)):
-        rows = [(m.name, m.better, m.features, _first_line(m.function)) for m in map(get_metric, metric_names())]
+        rows = [(m.name, m.better, m.features, _about(m.function)) for m in map(get_metric, metric_names())]
     _columns([("metric", "better", "features", "what"), *rows])
 
 # %% ../nbs/63_cli.ipynb #45ab1377

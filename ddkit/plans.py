@@ -195,27 +195,24 @@ def _together(cell: Cell, sort: str) -> str:
     if sort == "first" or cell.is_full: return cell.key
     return (replace(about(cell), seed=0) if cell.profile.seeds_together > 1 else _set_of(cell)).key
 
-# %% ../nbs/61_plans.ipynb #09d21362
+# %% ../nbs/61_plans.ipynb #44d5bf30
 def _size(cells: list[Cell], seconds: dict[Cell, float]) -> float: return sum(map(seconds.get, cells))
 
 
-def _cut(units: list[list[Cell]], seconds: dict[Cell, float], limit) -> list[list[Cell]]:
-    "Units in bundles, in their order. `limit`: seconds that are left → seconds that a new bundle may take."
-    packs, left, most = [], sum(_size(unit, seconds) for unit in units), 0.0
+def _cut(units: list[list[Cell]], seconds: dict[Cell, float], sort: str, workers: int) -> list[list[Cell]]:
+    "Units in bundles, in their order."
+    left = sum(_size(unit, seconds) for unit in units)
+    least = START_SECONDS if sort == "first" else min(SHORT, max(START_SECONDS, left / workers))
+    packs, most = [], 0.0
     for unit in units:
-        if packs and _size(packs[-1] + unit, seconds) <= most: packs[-1] += unit
-        else: packs, most = [*packs, list(unit)], limit(left)
+        fits = bool(packs) and _size(packs[-1] + unit, seconds) <= most
+        is_scrap = bool(packs) and sort != "first" and left < START_SECONDS  # not worth another start
+        if fits or is_scrap: packs[-1] += unit
+        else: packs, most = [*packs, list(unit)], least if sort == "first" else max(least, left / (4 * workers))
         left -= _size(unit, seconds)
     return packs
 
-
-def _limit(sort: str, total: float, workers: int):
-    "How long a bundle may take: shrinking with what is left, but no shorter than is worth a start."
-    if sort == "first": return lambda left: START_SECONDS
-    least = min(SHORT, max(START_SECONDS, 1.01 * total / workers))  # a little more: sums are rounded
-    return lambda left: max(least, left / (4 * workers))
-
-# %% ../nbs/61_plans.ipynb #14e12480
+# %% ../nbs/61_plans.ipynb #78bee303
 def _in_order(units: list[list[Cell]]) -> list[list[Cell]]:
     "Units such that a process changes its data, its generator, its profile and its method as rarely as possible."
     ranks: dict = {}
@@ -240,10 +237,8 @@ def bundles(
         sort = _sort_of(cell, awaited)
         group = sort, _level(cell, todo) if sort == "first" else 0, cell.profile.device
         groups.setdefault(group, {}).setdefault(_together(cell, sort), []).append(cell)
-    packs = []
-    for (sort, *_), units in groups.items():
-        total = sum(_size(unit, seconds) for unit in units.values())
-        packs += _cut(_in_order(list(units.values())), seconds, _limit(sort, total, workers))
+    packs = [pack for (sort, *_), units in groups.items()
+             for pack in _cut(_in_order(list(units.values())), seconds, sort, workers)]
     return [Bundle(f"{i:03d}-{_title(pack)}", tuple(pack), _size(pack, seconds)) for i, pack in enumerate(packs)]
 
 # %% ../nbs/61_plans.ipynb #eb6e633f
