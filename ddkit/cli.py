@@ -7,7 +7,7 @@ __all__ = ['app', 'ProfileOption', 'IpcOption', 'SeedOption', 'RunsOption', 'Set
            'joined_pairs', 'plain_value', 'profiles', 'check', 'methods', 'option_origin', 'networks', 'protocols',
            'metrics', 'distill', 'evaluate', 'measure', 'run', 'init', 'reproduce', 'status']
 
-# %% ../nbs/63_cli.ipynb #d65f1226
+# %% ../nbs/63_cli.ipynb #b2b23f09
 # Here, and nowhere else in the kit, rooms are imported inside the commands that need them: `ddkit --help` answers in
 # half a second so, and would take eight if PyTorch, pandas and papermill came first.
 import ast
@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -28,7 +27,7 @@ import typer
 
 import ddkit
 from .plugins import plugins_of
-from .profiles import SHIPPED, load_profile, profile_names, project_root, resolve_options, torch_device
+from .profiles import SHIPPED, load_profile, profile_names, project_root, resolve_options
 from .registry import nearest_name
 
 # %% ../nbs/63_cli.ipynb #2094d8fd
@@ -168,92 +167,20 @@ def _show_profile(profile) -> None:
     values = vars(profile) | dict(profile.options)
     _show({key: _words(value) for key, value in values.items() if key != "options"})
 
-# %% ../nbs/63_cli.ipynb #87eac89e
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_options(p) -> str:
-    from ddkit.folders import counted
-    from ddkit.methods import check_options
-    check_options(p)
-    return f"{counted(p.options, 'line')}, each of them read by something"
-
-
-def _check_data(p) -> str:
-    from ddkit.data import survey
-    return survey(p)
-
-
-def _check_generator(p) -> str:
-    from ddkit.backbones import load_backbone
-    from ddkit.fingerprints import generator_digest
-    backbone = load_backbone(p.replace(device="cpu"))
-    return f"{p.generator}, latents {'×'.join(map(str, backbone.latent_shape))}, weights {generator_digest(p)}"
-
-# %% ../nbs/63_cli.ipynb #1bc5a1a7
-_TRAINED_HERE = "trained by the kit on the real training set when it is wanted"
-
-
-def _check_judge(p) -> str:
-    from ddkit.judges import judge_from_file
-    if not p.feature_weights: return f"{p.feature_network}, {_TRAINED_HERE}"
-    judge_from_file(p, _classes_alone(p))
-    return f"{p.feature_network}, {Path(p.feature_weights).name}"
-
-
-def _check_teacher(p) -> str:
-    from ddkit.protocols import teacher_from_file
-    if not p.teacher: return f"{p.teacher_network}, {_TRAINED_HERE}"
-    teacher_from_file(p, _classes_alone(p), accuracy=float("nan"))  # measuring it would decode the test set
-    return f"{p.teacher_network}, {Path(p.teacher).name}"
-
-
-def _classes_alone(p):
-    "The real data without its images: what loading a network's weights wants to know of it."
-    from ddkit.data import class_count
-    from ddkit.folders import imagenet_indices
-    from ddkit.images import RealData
-    indices = imagenet_indices(p.classes) if p.classes else None
-    return RealData(None, None, [""] * class_count(p), [], imagenet=tuple(indices) if indices else None)
-
-# %% ../nbs/63_cli.ipynb #002a11b2
-def _check_inception(p) -> str:
-    from ddkit.inception import inception_weights, load_inception
-    load_inception(p.inception)
-    return inception_weights(p.inception).name
-
-
-def _check_device(p) -> str:
-    import torch
-    device = torch_device(p)
-    if device.type == "cpu":
-        slow = ": the papers' networks at 224 pixels need a GPU" if p.eval_size > 64 else ""
-        return f"cpu, {_cores()} cores{slow}"
-    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, {p.precision}"
-
-
-_CHECKS = {  # what is looked at → what describes it in a few words, or raises the error that a run would raise
-    "options": _check_options, "data": _check_data, "generator": _check_generator, "judge": _check_judge,
-    "teacher": _check_teacher, "inception": _check_inception, "device": _check_device,
-}
-
-# %% ../nbs/63_cli.ipynb #cd377936
+# %% ../nbs/63_cli.ipynb #02be5b00
 @app.command(epilog="Example: ddkit check imagewoof")
 def check(
     profile: Annotated[str, typer.Argument(help="A section of settings.ini.")] = "digits",
 ) -> None:
     """Look at all that a profile needs before anything is computed: options, data, weights, device.
 
-    Exit status 1 if something is missing."""
-    chosen, missing = load_profile(profile), 0
-    with plugins_of(chosen):
-        for name, look in _CHECKS.items():
-            if name == "inception" and "inception" not in chosen.features: continue
-            try: print(f"{name:<12}{look(chosen)}")
-            except (OSError, ValueError) as error:  # what a run would stop with
-                missing += 1
-                print(f"{name:<12}{'WRONG' if name == 'options' else 'MISSING'}  {error}")
+    Exit status 1 if something is missing or wrong."""
+    from ddkit.checks import check_profile
+    missing = 0
+    for found in check_profile(load_profile(profile)):
+        state = "" if found.state == "fine" else f"{found.state.upper()}  "
+        print(f"{found.about:<12}{state}{found.told}", flush=True)
+        missing += found.state != "fine"
     if missing: raise SystemExit(1)
 
 # %% ../nbs/63_cli.ipynb #01f274ba
@@ -505,7 +432,7 @@ _PROJECT = {
     "first_steps.ipynb": "a notebook that distils with it, looks at the images, and evaluates them",
 }
 
-# %% ../nbs/63_cli.ipynb #403cd821
+# %% ../nbs/63_cli.ipynb #9ee86860
 @app.command(epilog="Example: ddkit reproduce --paper manifoldgd --only table1,fig4 --profile digits")
 def reproduce(
     paper: Annotated[Optional[str], typer.Option("--paper", help="One paper; default: all.")] = None,
@@ -525,6 +452,7 @@ def reproduce(
     """Regenerate tables and figures: compute the cells that are missing, then run the notebooks.
 
     May be interrupted and repeated at any time."""
+    from ddkit.checks import core_count
     from ddkit.engine import check_inputs, duration, gpu_names, one_head, workflow_folder
     from ddkit.plans import make_plan
     workflow_folder()
@@ -532,18 +460,18 @@ def reproduce(
     ids = [i.strip() for i in only.split(",") if i.strip()] if only else None
     plan = make_plan(paper, ids, profile, store)
     if not plan.stale and not plan.todo: return _nothing_to_do(plan, store, write=not dry_run)
-    if dry_run: return _list_work(plan, store, jobs or gpus or len(gpu_names(plan, None)) or _cores())
+    if dry_run: return _list_work(plan, store, jobs or gpus or len(gpu_names(plan, None)) or core_count())
     devices = gpu_names(plan, gpus)
     check_inputs(plan)
     with one_head(store, _say_waiting) as waited:
         if waited: plan = make_plan(paper, ids, profile, store)
         if not plan.stale and not plan.todo: return _nothing_to_do(plan, store, write=False)
-        _carry_out(plan, store, jobs or len(devices) or _cores(), devices, shlex.split(snakemake))
+        _carry_out(plan, store, jobs or len(devices) or core_count(), devices, shlex.split(snakemake))
     _write_indexes(plan.profile)
     print(f"Done in {duration(time.monotonic() - started)}.")
     _print_artefacts(plan)
 
-# %% ../nbs/63_cli.ipynb #cefe9c62
+# %% ../nbs/63_cli.ipynb #968066ee
 def _interrupt(*_): raise KeyboardInterrupt
 
 
@@ -553,9 +481,8 @@ def _say_waiting() -> None:
 
 def _carry_out(plan, store, workers: int, devices: list[str], more: list[str]) -> None:
     "Announce a plan and carry it out; exit code 1 if something failed, 130 if it was stopped."
-    from ddkit.engine import execute
-    from ddkit.plans import bundles
-    _announce(plan, store, workers, bundles(plan.todo, plan.seconds, workers))
+    from ddkit.engine import announcement, execute
+    print(*announcement(plan, store, workers), sep="\n", flush=True)
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         if not execute(plan, store, workers, devices, more): raise typer.Exit(1)
@@ -581,45 +508,14 @@ def _nothing_to_do(plan, store, write: bool) -> None:
           f"{counted(plan.cells, 'cell')} in {short_path(store.root)}.")
     _print_artefacts(plan)
 
-# %% ../nbs/63_cli.ipynb #6cf1ce8f
-def _announce(plan, store, workers: int, packs: list) -> None:
-    from ddkit.engine import duration
-    from ddkit.folders import counted
-    from ddkit.plans import NOTEBOOK_SECONDS, START_SECONDS, short_path
-    print(f"{counted(plan.artefacts, 'artefact')} on profile {plan.profile}, "
-          f"{len(plan.stale)} to make: {' '.join(plan.stale)}")
-    print(f"{counted(plan.cells, 'cell')}, {len(plan.cells) - len(plan.todo)} in {short_path(store.root)}, "
-          f"{len(plan.todo)} to compute")
-    if len(plan.artefacts) > 1: print(_shared(plan))
-    seconds = sum(START_SECONDS + pack.seconds for pack in packs) + NOTEBOOK_SECONDS * len(plan.stale)
-    about = f"about {duration(1.1 * seconds / workers)} with {counted(range(workers), 'worker')}"
-    print(f"{about}{_grounds(plan)}", flush=True)
-
-
-def _shared(plan) -> str:
-    "What tables and figures save by sharing cells."
-    askers = Counter(cell.key for cells in plan.needs.values() for cell in cells)
-    return (f"the artefacts ask for {len(askers)} of them, {sum(n > 1 for n in askers.values())} more than once; "
-            f"each computing its own, it would be {askers.total()}")
-
-
-def _grounds(plan) -> str:
-    "What an estimate of the time rests on."
-    from ddkit.runs import estimate, rough_seconds
-    guessed = sum(estimate(cell, plan.seconds) == rough_seconds(cell) for cell in plan.todo)
-    if not plan.todo: return ""
-    if guessed == len(plan.todo): return " (a guess: nothing like it is in the store yet)"
-    return f" (from the times of cells like them in the store{f'; {guessed} guessed' * (guessed > 0)})"
-
-# %% ../nbs/63_cli.ipynb #98d241de
+# %% ../nbs/63_cli.ipynb #4f559197
 def _list_work(plan, store, workers: int) -> None:
     "What `--dry-run` shows."
-    from ddkit.engine import duration
+    from ddkit.engine import announcement, duration
     from ddkit.plans import bundles
-    packs = bundles(plan.todo, plan.seconds, workers)
-    _announce(plan, store, workers, packs)
+    print(*announcement(plan, store, workers), sep="\n")
     for cell, why in plan.damaged.items(): print(f"damaged, to be computed again: {cell} ({why})")
-    for pack in packs: print(f"  {pack}, about {duration(pack.seconds)}")
+    for pack in bundles(plan.todo, plan.seconds, workers): print(f"  {pack}, about {duration(pack.seconds)}")
     for name, why in plan.stale.items(): print(f"  {name}: {why}")
     print("Nothing was done (--dry-run).")
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAILED', 'compute_bundle', 'compute_artefact', 'make_artefact', 'gpu_slot', 'first_free', 'workflow_folder',
-           'start_engine', 'stop_engine', 'check_inputs', 'gpu_names', 'one_head', 'duration', 'failures_in', 'end_of',
-           'Progress', 'execute']
+           'start_engine', 'stop_engine', 'check_inputs', 'gpu_names', 'one_head', 'duration', 'announcement',
+           'failures_in', 'end_of', 'Progress', 'execute']
 
-# %% ../nbs/62_engine.ipynb #f96516fa
+# %% ../nbs/62_engine.ipynb #c3e08dfa
 import contextlib
 import json
 import os
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,11 @@ from .data import load_data
 from .fingerprints import data_fingerprint, file_sha256, read_json, write_json
 from .folders import counted
 from .papermilling import NotebookError, run_notebook
-from .plans import NOTEBOOK_SECONDS, WorkPlan, artefact_files, artefact_inputs, notebook_path
-from .plans import plan_file, short_path, stamp_path
+from .plans import NOTEBOOK_SECONDS, START_SECONDS, WorkPlan, artefact_files, artefact_inputs, bundles
+from .plans import notebook_path, plan_file, short_path, stamp_path
 from .plugins import plugins_of
 from .profiles import project_root
-from .runs import estimate, history
+from .runs import estimate, history, rough_seconds
 from .store import SUMMARY, Store
 from .work import in_company
 
@@ -226,6 +227,38 @@ def duration(
     if seconds < 90: return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+# %% ../nbs/62_engine.ipynb #6e5b26ee
+def announcement(
+    plan: WorkPlan,
+    store: Store,
+    workers: int,  # processes that will share the work
+) -> list[str]:
+    "A plan in a few lines."
+    lacking, kept = len(plan.todo), len(plan.cells) - len(plan.todo)
+    lines = [f"{counted(plan.artefacts, 'artefact')} on profile {plan.profile}, "
+             f"{len(plan.stale)} to make: {' '.join(plan.stale)}",
+             f"{counted(plan.cells, 'cell')}, {kept} in {short_path(store.root)}, {lacking} to compute"]
+    if len(plan.artefacts) > 1: lines.append(_shared(plan))
+    computing = sum(START_SECONDS + pack.seconds for pack in bundles(plan.todo, plan.seconds, workers))
+    seconds = computing + NOTEBOOK_SECONDS * len(plan.stale)
+    about = f"about {duration(1.1 * seconds / workers)} with {counted(range(workers), 'worker')}"
+    return [*lines, f"{about}{_grounds(plan)}"]
+
+
+def _shared(plan: WorkPlan) -> str:
+    "What tables and figures save by sharing cells."
+    askers = Counter(cell.key for cells in plan.needs.values() for cell in cells)
+    return (f"the artefacts ask for {len(askers)} of them, {sum(n > 1 for n in askers.values())} more than once; "
+            f"each computing its own, it would be {askers.total()}")
+
+
+def _grounds(plan: WorkPlan) -> str:
+    "What an estimate of the time rests on."
+    guessed = sum(estimate(cell, plan.seconds) == rough_seconds(cell) for cell in plan.todo)
+    if not plan.todo: return ""
+    if guessed == len(plan.todo): return " (a guess: nothing like it is in the store yet)"
+    return f" (from the times of cells like them in the store{f'; {guessed} guessed' * (guessed > 0)})"
 
 # %% ../nbs/62_engine.ipynb #f4d1647a
 def _lines_of(log: Path) -> list[str]:

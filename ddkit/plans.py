@@ -173,7 +173,10 @@ class Bundle:
     def __str__(self) -> str:
         return f"{self.name}: {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"
 
-# %% ../nbs/61_plans.ipynb #edc68835
+# %% ../nbs/61_plans.ipynb #daf214da
+_SORTS = ("first", "sets", "measures")
+
+
 def _sort_of(cell: Cell, awaited: set[str]) -> str:
     if cell.kind in ("features", "measure") and not cell.is_full: return "measures"
     is_set = cell.kind in ("distill", "evaluate") and (not cell.is_full or cell.key not in awaited)
@@ -212,7 +215,7 @@ def _cut(units: list[list[Cell]], seconds: dict[Cell, float], sort: str, workers
         left -= _size(unit, seconds)
     return packs
 
-# %% ../nbs/61_plans.ipynb #78bee303
+# %% ../nbs/61_plans.ipynb #16c56f02
 def _in_order(units: list[list[Cell]]) -> list[list[Cell]]:
     "Units such that a process changes its data, its generator, its profile and its method as rarely as possible."
     ranks: dict = {}
@@ -237,7 +240,7 @@ def bundles(
         sort = _sort_of(cell, awaited)
         group = sort, _level(cell, todo) if sort == "first" else 0, cell.profile.device
         groups.setdefault(group, {}).setdefault(_together(cell, sort), []).append(cell)
-    packs = [pack for (sort, *_), units in groups.items()
+    packs = [pack for (sort, *_), units in sorted(groups.items(), key=lambda g: (_SORTS.index(g[0][0]), *g[0][1:]))
              for pack in _cut(_in_order(list(units.values())), seconds, sort, workers)]
     return [Bundle(f"{i:03d}-{_title(pack)}", tuple(pack), _size(pack, seconds)) for i, pack in enumerate(packs)]
 

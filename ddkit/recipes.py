@@ -124,7 +124,7 @@ def _check_sum(said: str, parts: tuple[Method, ...]) -> None:
         raise ValueError(f"method {said!r}: the statistics of `inversion` are those of the generator as it came, not "
                          f"of the one fine-tuned by {tuned[0]}; leave one of them out")
 
-# %% ../nbs/32_recipes.ipynb #7d6fc89c
+# %% ../nbs/32_recipes.ipynb #84594397
 LISTED_SUMS: dict[str, None] = {}  # sums that have a place in `method_names`
 
 
@@ -138,7 +138,7 @@ def register_sum(
     if name is None:
         LISTED_SUMS[made.name] = None
         return made
-    if name in METHODS and METHODS[name].parts != made.parts:
+    if name in METHODS and [m.name for m in METHODS[name].parts] != [m.name for m in made.parts]:
         raise ValueError(f"method {name!r} exists already; choose another name")
     named = replace(made, name=name)
     return METHODS.add(name, named, METHODS.entry(name).function if name in METHODS else made.parts[-1].recipe)

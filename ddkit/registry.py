@@ -6,10 +6,12 @@
 __all__ = ['WORD', 'RESERVED', 'nearest_name', 'check_name', 'plugins_in_use', 'in_use_now', 'importing', 'is_redefinition',
            'Entry', 'Registry']
 
-# %% ../nbs/00_registry.ipynb #b77a0290
+# %% ../nbs/00_registry.ipynb #62ccb1b1
+import ast
 import difflib
 import inspect
 import re
+import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,14 +75,14 @@ def importing(
     try: yield
     finally: _importing.reset(token)
 
-# %% ../nbs/00_registry.ipynb #207ad55a
+# %% ../nbs/00_registry.ipynb #166cee24
 def _code(value):
-    "What a function does, for comparison: its own code and that of the functions in it."
+    "What a function or a class does, for comparison: its source, without comments and layout; None if there is none."
     if isinstance(value, type):
-        return [(name, _code(f)) for name, f in sorted(vars(value).items()) if hasattr(f, "__code__")]
-    code = getattr(inspect.unwrap(value), "__code__", None)
-    if code is None: return None
-    return code.co_code, tuple(c.co_code if inspect.iscode(c) else c for c in code.co_consts), code.co_names
+        return [(name, _code(f)) for name, f in sorted(vars(value).items()) if inspect.isfunction(f)]
+    try: source = inspect.getsource(inspect.unwrap(value))
+    except (OSError, TypeError): return None  # built in, or typed where no source is kept
+    return ast.dump(ast.parse(textwrap.dedent(source)))
 
 
 def is_redefinition(

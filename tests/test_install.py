@@ -54,7 +54,7 @@ def test_distilling_in_an_empty_folder(ddkit):
 def test_profiles_and_checks(ddkit):
     assert "imagewoof" in ddkit("profiles").stdout
     done = ddkit("check", "digits")
-    assert done.returncode == 0 and "MISSING" not in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "MISSING" not in done.stdout and "WRONG" not in done.stdout, done.stdout + done.stderr
 
 
 def test_a_project_of_ones_own(ddkit):
