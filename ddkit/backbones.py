@@ -174,23 +174,22 @@ def embedded_record(
     "The training record of the embedded generator: configurations, seed, losses, checksums."
     return json.loads(((assets or ASSETS) / "embedded_generator.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/11_backbones.ipynb #fed4d7f5
+# %% ../nbs/11_backbones.ipynb #a87f9d5a
 def _load_embedded_part(
     cls,  # a class of diffusers
-    name: str,  # "vae" or "dit"
-    assets: Path,
+    file: Path,  # embedded_vae.safetensors or embedded_dit.safetensors
 ):
     "One half of the embedded generator, checked against the record."
     from safetensors.torch import load_file
 
-    record, file = embedded_record(assets), assets / f"embedded_{name}.safetensors"
-    if hashlib.sha256(file.read_bytes()).hexdigest() != record[name]["sha256"]:
+    record = embedded_record(file.parent)[file.stem.removeprefix("embedded_")]
+    if hashlib.sha256(file.read_bytes()).hexdigest() != record["sha256"]:
         raise ValueError(f"{file.name} does not match its training record; reinstall the kit, or train it anew")
-    model = cls(**record[name]["config"])
+    model = cls(**record["config"])
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
     return model
 
-# %% ../nbs/11_backbones.ipynb #6f3f2326
+# %% ../nbs/11_backbones.ipynb #6fd67984
 def load_embedded(
     device="cpu",
     assets: Path | None = None,  # folder of the weights; None: the kit's own
@@ -199,15 +198,18 @@ def load_embedded(
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     assets = assets or ASSETS
-    vae = _load_embedded_part(AutoencoderKL, "vae", assets)
-    dit = _load_embedded_part(DiTTransformer2DModel, "dit", assets)
+    vae = _load_embedded_part(AutoencoderKL, assets / "embedded_vae.safetensors")
+    dit = _load_embedded_part(DiTTransformer2DModel, assets / "embedded_dit.safetensors")
     side, classes = dit.config.sample_size, dit.config.num_embeds_ada_norm
     return Backbone(DiffusersDiT(dit), vae, (dit.config.in_channels, side, side), list(range(classes)), device)
 
-# %% ../nbs/11_backbones.ipynb #78af6c1f
+# %% ../nbs/11_backbones.ipynb #54bc24be
 @GENERATORS.register("embedded")
 def load_embedded_backbone(profile: Profile) -> Backbone:
-    "The embedded generator, on the profile's device."
+    "The embedded generator, on the profile's device. `ValueError` for other data: it draws digits, whatever it is asked."
+    if profile.dataset != "digits":
+        raise ValueError(f"generator = embedded of profile {profile.name!r} draws handwritten digits, and its dataset is "
+                         f"{profile.dataset}; set `generator` (and `weights`) to one of these classes' own")
     return load_embedded(torch_device(profile))
 
 # %% ../nbs/11_backbones.ipynb #cd63261f

@@ -21,14 +21,14 @@ from .folders import counted, imagenet_indices
 from .images import RealData
 from .inception import inception_weights, load_inception
 from .judges import judge_from_file
-from .methods import check_options
+from .methods import check_choices
 from .plugins import plugins_of
 from .profiles import Profile, torch_device
 from .protocols import teacher_from_file
 
 # %% ../nbs/46_checks.ipynb #25945651
 def look_at_options(profile: Profile) -> str:
-    check_options(profile)
+    check_choices(profile)
     return f"{counted(profile.options, 'line')}, each of them read by something"
 
 

@@ -113,9 +113,9 @@ def _method_options(given: list[str] | None) -> dict:
 # %% ../nbs/63_cli.ipynb #8d8d6ff7
 def _profile(name: str, changes: list[str] | None):
     "A profile with `NAME=VALUE` changes; `ValueError` for a change that reaches nobody."
-    from ddkit.methods import check_options
+    from ddkit.methods import check_choices
     profile = load_profile(name, **_pairs(changes, "--set", "epochs=50"))
-    with plugins_of(profile): check_options(profile)
+    with plugins_of(profile): check_choices(profile)
     return profile
 
 

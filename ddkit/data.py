@@ -6,7 +6,7 @@
 __all__ = ['DIGITS_TEST', 'DIGITS_SPLIT_SEED', 'DATASETS', 'load_digits_data', 'load_folder_data', 'Dataset', 'Digits',
            'ImageFolder', 'load_data', 'class_count', 'survey']
 
-# %% ../nbs/06_data.ipynb #e8cd03e5
+# %% ../nbs/06_data.ipynb #d360a338
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from .registry import Registry
 from .profiles import Profile
 from .images import ImageSet, RealData, to_pixels
-from ddkit.folders import (
-    archive_of, are_imagenet, class_list, class_lists, folders_and_files, names_for_readers, scan_root,
-)
+from .folders import archive_of, are_imagenet, class_list, class_lists, folders_and_files, names_for_readers
+from .folders import scan_root
 from .decoding import decoded
 
 # %% ../nbs/06_data.ipynb #33180f36

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Bare', 'bare_code', 'Call', 'Facts']
 
-# %% ../nbs/02_facts.ipynb #d409632f
+# %% ../nbs/02_facts.ipynb #2e4ecdc6
 import ast
 import copy
+import symtable
 import textwrap
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ def _pairs(target, value) -> list[tuple]:
     both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
     return list(zip(target.elts, value.elts)) if both else [(target, value)]
 
-# %% ../nbs/02_facts.ipynb #c55e2826
+# %% ../nbs/02_facts.ipynb #b411d74c
 def _called_name(function) -> str:
     "`f` or `module.f`; empty for what is called otherwise."
     if isinstance(function, ast.Name): return function.id
@@ -102,7 +103,7 @@ class _Reader(ast.NodeVisitor):
     ):
         self.top, self.without_defaults, self.profiles = tree, without_defaults, _profile_names(tree)
         self.names, self.passed, self.chains, self.attributes = set(), set(), set(), set()
-        self.words, self.reads, self.calls, self.imports = set(), set(), [], []
+        self.words, self.reads, self.quoted, self.calls, self.imports = set(), set(), set(), [], []
 
     def visit_Name(self, node):
         self.names.add(node.id)
@@ -172,7 +173,7 @@ class _Reader(ast.NodeVisitor):
         for part in ast.walk(node):
             if isinstance(part, ast.Name): self.names.add(part.id)
             quoted = getattr(part, "value", None)
-            if isinstance(quoted, str) and quoted.isidentifier(): self.names.add(quoted)
+            if isinstance(quoted, str) and quoted.isidentifier(): self.quoted.add(quoted)
 
     def visit_ClassDef(self, node):
         for part in (*node.decorator_list, *node.bases, *(k.value for k in node.keywords), *node.body): self.visit(part)
@@ -197,7 +198,7 @@ class _Reader(ast.NodeVisitor):
             first = a.name.split(".")[0]
             self.imports.append((a.asname or first, a.name if a.asname else first, ""))
 
-# %% ../nbs/02_facts.ipynb #cc288259
+# %% ../nbs/02_facts.ipynb #87dc3fb3
 def words_in(node) -> list[str]:
     "The strings that a default is, or is a tuple of; none for any other."
     parts = node.elts if isinstance(node, (ast.Tuple, ast.List)) else [node]
@@ -215,6 +216,18 @@ def word_defaults(arguments: ast.arguments, skip: int = 0) -> dict[str, tuple[in
     return found
 
 
+def _global_names(text: str) -> set[str]:
+    "The names that a piece of code looks up outside: not its parameters and variables, whatever they are called."
+    tables, found = [symtable.symtable(text, "a piece of code", "exec")], set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        inside_function = table.get_type() == "function"
+        found |= {s.get_name() for s in table.get_symbols()
+                  if s.is_referenced() and (s.is_global() or not inside_function)}
+    return found
+
+
 def facts_of(node, registered: frozenset[str] = frozenset(), is_method: bool = False) -> Facts:
     "The facts of a function, a class head or a statement; decorators that register it under names are left out."
     if registered and hasattr(node, "decorator_list"):
@@ -223,8 +236,13 @@ def facts_of(node, registered: frozenset[str] = frozenset(), is_method: bool = F
     depends = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     reader = _Reader(node, without_defaults=depends and (not is_method or node.name == "__init__"))
     reader.visit(node)
-    sets = (reader.names, reader.passed, reader.chains, reader.attributes, reader.words, reader.reads)
-    return Facts(ast.unparse(node), *map(frozenset, sets), tuple(reader.calls), tuple(reader.imports))
+    text, imports = ast.unparse(node), tuple(reader.imports)
+    meant = _global_names(text) | reader.quoted | {alias for alias, _, _ in imports}
+    def globals_of(said): return frozenset(n for n in said if n.split(".")[0] in meant)
+    return Facts(text, globals_of(reader.names | reader.quoted), globals_of(reader.passed),
+                 frozenset(chain for chain in reader.chains if chain[0] in meant), frozenset(reader.attributes),
+                 frozenset(reader.words), frozenset(reader.reads),
+                 tuple(call for call in reader.calls if call.name.split(".")[0] in meant), imports)
 
 
 def _registers(decorator, names: frozenset[str]) -> bool:

@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'HOW', 'FILES', 'KIT', 'SHIPPED', 'Profile', 'Training', 
            'profile_options', 'signature_options', 'resolve_options', 'find_settings', 'project_root', 'runs_root',
            'profile_names', 'load_profile', 'cast', 'torch_device']
 
-# %% ../nbs/01_profiles.ipynb #8718ee30
+# %% ../nbs/01_profiles.ipynb #2bf4cf81
 import configparser
 import functools
 import inspect
@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, MISSING, replace
 from pathlib import Path
+from typing import Literal
 
 from .registry import nearest_name
 
@@ -30,13 +31,13 @@ def _file(default=""):
     "A field that names a file or a folder: what lies there counts, not where."
     return field(default=default, metadata={"file": True})
 
-# %% ../nbs/01_profiles.ipynb #c5c22080
+# %% ../nbs/01_profiles.ipynb #491917cf
 @dataclass(frozen=True)
 class Profile:
     "A frozen set of choices; `replace` gives a changed copy. Fields without a default must be in `settings.ini`."
     name: str = field(metadata={"how": True})
     # data
-    dataset: str  # "digits" (embedded) or "imagefolder" (train/<class>/*, val/<class>/*)
+    dataset: str  # of `ddkit.data.DATASETS`: "digits" (embedded) or "imagefolder" (train/<class>/*, val/<class>/*)
     image_size: int  # pixels a side of real and distilled images
     eval_size: int  # pixels a side that the evaluation networks see
     channels: int  # 1 grey, 3 colour
@@ -51,11 +52,11 @@ class Profile:
     vae: str = _file()  # VAE: a folder in diffusers' layout or its hub name; empty: <weights>/vae
     prompt: str = "{}"  # Stable Diffusion: the text for a class, {} its name (D4M: the name alone)
     negative_prompt: str = ""  # Stable Diffusion: the text for "any class" in classifier-free guidance
-    sampler: str = "ddpm"  # "ddpm" or "ddim"
+    sampler: str = "ddpm"  # of `ddkit.sampling.SAMPLERS`
     steps: int = 50  # respaced sampling steps
     cfg_scale: float = 4.0  # classifier-free guidance
     cfg_channels: int = 3  # latent channels it acts on: 3 as released with DiT, 4 as in diffusers
-    variance: str = "learned"  # "learned" or "fixed"
+    variance: str = "learned"  # of `ddkit.sampling.VARIANCES`
     # evaluation
     networks: tuple[str, ...] = ("convnet6", "resnetap10", "resnet18")
     network_width: float = 1.0  # multiplies every channel count; 1 is the papers'
@@ -74,13 +75,13 @@ class Profile:
     feature_weights: str = _file()  # its weights, torchvision's for ImageNet's 1,000 classes; empty: the kit trains it
     features: tuple[str, ...] = ("judge",)  # what the metrics look at, of `FEATURES`
     inception: str = _file("auto")  # FID's Inception weights: a file, or "auto" for torch-fidelity's usual cache
-    precision: str = "fp32"  # "bf16": on a GPU, denoiser and evaluation networks run in half precision
+    precision: Literal["fp32", "bf16"] = "fp32"  # "bf16": on a GPU, denoiser and networks run in half precision
     seeds: tuple[int, ...] = (0, 1, 2)
     # options of methods, protocols, …: ("dap.scale", "10"), in settings.ini a line `dap.scale = 10`
     options: tuple[tuple[str, object], ...] = ()
     # how, not what
-    device: str = _how("auto")  # "cpu", "cuda" or "auto"
-    memory_format: str = _how("auto")  # of the evaluation networks: "contiguous", "channels-last", or "auto"
+    device: Literal["cpu", "cuda", "auto"] = _how("auto")
+    memory_format: Literal["auto", "contiguous", "channels-last"] = _how("auto")  # of the evaluation networks
     seeds_together: int = _how(1)  # seeds of an evaluation that are trained in one pass over the device
     batch_size: int = _how(64)  # images per sampling or encoding batch
 
@@ -100,7 +101,7 @@ FEATURES = ("judge", "inception", "denoiser")  # of the feature network, of FID'
 HOW = frozenset(f.name for f in fields(Profile) if f.metadata.get("how"))
 FILES = frozenset(f.name for f in fields(Profile) if f.metadata.get("file"))
 
-# %% ../nbs/01_profiles.ipynb #8db3b7e3
+# %% ../nbs/01_profiles.ipynb #35a41f5f
 @dataclass(frozen=True)
 class Training:
     "How a network is trained: the values of a protocol."
@@ -108,34 +109,29 @@ class Training:
     batch_size: int
     learning_rate: float
     weight_decay: float
-    labels: str = "hard"  # "soft": the teacher's, for every batch; "stored": computed ahead in half precision
+    # "soft": the teacher's, for every batch; "stored": these, computed ahead in half precision
+    labels: Literal["hard", "soft", "stored"] = "hard"
     norm: str = "instance"  # of the ResNets and ConvNets: "instance" (the papers' GroupNorm(C, C)) or "batch"
-    optimizer: str = "sgd"  # "sgd" or "adamw"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9  # SGD
-    decayed: str = "all"  # which weights decay: "all", or "matrices": those of two and more dimensions
+    decayed: Literal["all", "matrices"] = "all"  # which weights decay; "matrices": those of two and more dimensions
     # learning rate: "steps" (× 0.2 at 2/3 and 5/6), "cosine", "half-cosine" (half of one twice as long), "constant"
-    schedule: str = "steps"
+    schedule: Literal["steps", "cosine", "half-cosine", "constant"] = "steps"
     augmentations: tuple[str, ...] = ("crop", "flip", "color", "lighting", "cutmix")
     crop_scale: float = 0.5  # smallest share of the area that "crop" keeps
     temperature: float = 1.0  # soft labels: both sides are divided by it
     norm_passes: int = 1  # how often a batch enters BatchNorm's running statistics (RDED shows each batch twice)
     evaluations: int = 100  # the test set is looked at every `epochs // evaluations` epochs, and at the end
-    tested: str = "throughout"  # or only in the "last-fifth" of the epochs, or the "last-hundred" epochs
+    # when: or only in the last fifth of the epochs, or the last hundred epochs
+    tested: Literal["throughout", "last-fifth", "last-hundred"] = "throughout"
     test_view: str = "whole"  # shorter side to S pixels, central square; "centre": shorter side to S // 7 * 8 first
 
-# %% ../nbs/01_profiles.ipynb #667604bd
+# %% ../nbs/01_profiles.ipynb #116c898f
 _TYPES = typing.get_type_hints(Profile)
 _TRAINING_TYPES = typing.get_type_hints(Training)
 
-_CHOICES = {
-    "dataset": ("digits", "imagefolder"), "generator": ("embedded", "dit", "stable-diffusion", "latent-diffusion"),
-    "sampler": ("ddpm", "ddim"), "variance": ("learned", "fixed"), "normalization": ("imagenet", "half"),
-    "memory_format": ("auto", "contiguous", "channels-last"), "device": ("cpu", "cuda", "auto"),
-    "precision": ("fp32", "bf16"), "labels": ("hard", "soft", "stored"), "norm": ("instance", "batch"),
-    "optimizer": ("sgd", "adamw"), "decayed": ("all", "matrices"),
-    "schedule": ("steps", "cosine", "half-cosine", "constant"),
-    "tested": ("throughout", "last-fifth", "last-hundred"), "test_view": ("whole", "centre"),
-}
+_CHOICES = {name: typing.get_args(kind) for name, kind in (_TYPES | _TRAINING_TYPES).items()
+            if typing.get_origin(kind) is Literal}
 
 _POSITIVE = {"image_size", "eval_size", "channels", "steps", "network_width", "evaluations", "eval_batch_size",
              "learning_rate", "batch_size", "seeds_together", "crop_scale", "temperature", "norm_passes"}

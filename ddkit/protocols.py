@@ -9,7 +9,7 @@ __all__ = ['RELEASED_EPOCHS', 'PROTOCOLS', 'RDED_LEARNING_RATES', 'TEACHER_PROTO
            'evaluate_together', 'real_epochs', 'train_on_real', 'needs_teacher', 'teacher_from_weights',
            'imagenet_rows', 'teacher_from_file', 'load_teacher']
 
-# %% ../nbs/23_protocols.ipynb #681d5ad3
+# %% ../nbs/23_protocols.ipynb #cc1e9790
 import hashlib
 import math
 from collections.abc import Callable
@@ -26,10 +26,8 @@ from .images import RealData
 from .data import load_data
 from .networks import load_torchvision, NETWORKS, read_weights
 from .augmentations import check_steps
-from ddkit.training import (
-    count_hits, fresh_network, images_per_class, is_noisy, make_resident, memory_format, Resident, student,
-    train_networks,
-)
+from .training import count_hits, fresh_network, images_per_class, is_noisy, make_resident, memory_format
+from .training import Resident, student, train_networks
 
 # %% ../nbs/23_protocols.ipynb #ff16dd69
 # up to so many images per class, so many epochs; above: 300

@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'SET_FEATURES', 'encode_cell', 'finetune_cell', 'distill_
            'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of', 'inception_features_of',
            'denoiser_features_of', 'Features', 'Measure']
 
-# %% ../nbs/42_work.ipynb #0c6170e1
+# %% ../nbs/42_work.ipynb #5d738b2d
 import os
 import shutil
 import time
@@ -29,19 +29,16 @@ from .cells import KINDS, Cell, Kind, as_tuples, code_of
 from .fingerprints import canonical, read_json
 from .inception import inception_features, load_inception
 from .judges import judge_from_file, judge_from_weights
-from .methods import check_options, make_pixels, set_manifest
+from .methods import check_choices, make_pixels, set_manifest
 from .metrics import measure, metric_names
 from .networks import NETWORKS
 from .plugins import plugins_of
 from .probes import denoiser_features
 from .profiles import Profile, Training, torch_device
-from ddkit.protocols import (
-    TEACHER_PROTOCOL, epochs_for, teacher_from_file, teacher_from_weights, train_and_test, training_values,
-)
-from ddkit.recipes import (
-    PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs, resolved_preparation, resolved_recipes,
-    run_preparation,
-)
+from .protocols import TEACHER_PROTOCOL, epochs_for, teacher_from_file, teacher_from_weights, train_and_test
+from .protocols import training_values
+from .recipes import PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs, resolved_preparation
+from .recipes import resolved_recipes, run_preparation
 from .registry import Registry
 from .sets import load_distilled, save_distilled
 from .workshop import Workshop, encode_training_set
@@ -92,7 +89,7 @@ def distill_cell(
     with plugins_of(profile):
         known = get_method(method)
         resolved_recipes(known, profile, options)  # raises for what cannot be
-        check_options(profile)
+        check_choices(profile)
     return Cell("distill", profile, known.name, _ipc(ipc), int(seed), options=_options(options))
 
 # %% ../nbs/42_work.ipynb #61fc4ddd
