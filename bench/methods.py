@@ -26,7 +26,7 @@ def measure(method, profile, ipc):
     import torch
 
     from ddkit.cells import kind_of
-    from ddkit.methods import get_method, make_pixels, resolved_recipes, set_manifest
+    from ddkit.methods import get_method, maker_of, resolved_recipes, set_manifest
     from ddkit.plugins import plugins_of
     from ddkit.profiles import load_profile, torch_device
     from ddkit.sets import save_distilled
@@ -44,8 +44,9 @@ def measure(method, profile, ipc):
         else: Path("/proc/self/clear_refs").write_text("5")
         before = torch.cuda.memory_allocated() / 2**20 if cuda else resident("VmRSS")
         start = time.perf_counter()
+        make_pixels = maker_of(get_method(method))
         pixels = make_pixels(recipes, workshop)
-        save_distilled(pixels, workshop.labels, Path(folder) / "set", set_manifest(recipes, workshop))
+        save_distilled(pixels, workshop.labels, Path(folder) / "set", set_manifest(make_pixels, recipes, workshop))
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")
     print(json.dumps({"seconds": seconds, "memory": peak - before}))

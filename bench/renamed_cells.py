@@ -31,7 +31,6 @@ EDITS = {  # what an author does → (module, function to edit, or source to app
     "shuffled patches": ("augmentations", "shuffle_patches"),
     "ConvNet-6": ("networks", "ConvNet.forward"),
     "Swin-T": ("networks", "_swint"),
-    "the values of `soft`": ("protocols", "_soft"),
     "the training loop": ("training", "train_networks"),
     "coverage": ("metrics", "coverage"),
     "the embedded generator": ("backbones", "load_embedded"),

@@ -329,7 +329,7 @@ def _is_exception(base) -> bool:
     found = getattr(builtins, getattr(base, "id", ""), None)
     return isinstance(found, type) and (found is object or issubclass(found, BaseException))
 
-# %% ../nbs/08_code.ipynb #8dab221d
+# %% ../nbs/08_code.ipynb #bb3cc125
 @functools.cache
 def _own_defaults(definition: Definition) -> dict[str, tuple[int, list[str]]]:
     "Parameter → position and words of the default: of a function, a class's `__init__`, or the fields of a dataclass."
@@ -347,7 +347,7 @@ _NOTHING = Call("", 0, frozenset())  # a function that is handed on: nobody know
 
 def _defaults_left(definition, call: Call) -> set[str]:
     "The words that a call leaves to the defaults."
-    if not isinstance(definition, Definition): return set()
+    if not isinstance(definition, Definition) or definition == _PROFILE: return set()
     return {word for name, (place, words) in _own_defaults(definition).items() for word in words
             if name not in call.keywords and place >= call.positional}
 

@@ -72,7 +72,7 @@ def inversion(workshop: Workshop) -> Weights:
     p, backbone, statistics = workshop.profile, workshop.backbone, []
     for c in range(len(workshop.data.classes)):
         noisy = []
-        for some in workshop.of_class(c).split(p.batch_size):
+        for some in workshop.latents_of(c).split(p.batch_size):
             labels = backbone.model_labels(torch.full((len(some),), c))
             with half_precision(p, backbone.device):
                 steps = invert(backbone, some.to(backbone.device), labels, steps=p.steps, cfg_scale=p.cfg_scale,

@@ -12,11 +12,11 @@ from .guidance import Guidance, ModeGuidance
 from .recipes import register
 from .workshop import Plan, Workshop
 
-# %% ../nbs/33_recipes_mgd3.ipynb #ab846282
+# %% ../nbs/33_recipes_mgd3.ipynb #d46d1833
 @register("random", needs=(), fills=("images",))
 def random(workshop: Workshop) -> torch.Tensor:
     "Random real images of each class."
-    return workshop.choose("random")
+    return workshop.draw()
 
 
 @register("herding", fills=("images",))

@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'SET_FEATURES', 'encode_cell', 'finetune_cell', 'distill_
            'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of', 'inception_features_of',
            'denoiser_features_of', 'Features', 'Measure']
 
-# %% ../nbs/42_work.ipynb #5d738b2d
+# %% ../nbs/42_work.ipynb #4d39caf4
 import os
 import shutil
 import time
@@ -29,7 +29,7 @@ from .cells import KINDS, Cell, Kind, as_tuples, code_of
 from .fingerprints import canonical, read_json
 from .inception import inception_features, load_inception
 from .judges import judge_from_file, judge_from_weights
-from .methods import check_choices, make_pixels, set_manifest
+from .methods import check_choices, maker_of, set_manifest
 from .metrics import measure, metric_names
 from .networks import NETWORKS
 from .plugins import plugins_of
@@ -216,7 +216,7 @@ class Finetune(Kind):
 
     def summary_of(self, value): return f"{value['numbers']:,} weights"
 
-# %% ../nbs/42_work.ipynb #987fb044
+# %% ../nbs/42_work.ipynb #e6cca7f3
 @KINDS.register("distill")
 class Distill(Kind):
     "A distilled set, as `ddkit.methods.distill` writes it."
@@ -241,17 +241,18 @@ class Distill(Kind):
 
     def functions_of(self, cell):
         method = get_method(cell.method)
-        return [part.recipe for part in method.parts or (method,)]
+        return [maker_of(method), *(part.recipe for part in method.parts or (method,))]
 
     def owners_of(self, cell):
         method = get_method(cell.method)
         return {owner for part in method.parts or (method,) for owner in part.owners}
 
     def compute(self, cell, session, folder):
-        said = zip(cell.values["recipes"], cell.functions)
+        make_pixels, *functions = cell.functions
+        said = zip(cell.values["recipes"], functions)
         recipes = tuple(ResolvedRecipe(name, recipe, options) for (name, options), recipe in said)
         workshop = set_workshop(cell, session)
-        manifest = set_manifest(recipes, workshop) | {"method": cell.method}
+        manifest = set_manifest(make_pixels, recipes, workshop) | {"method": cell.method}
         return {"images": len(save_distilled(make_pixels(recipes, workshop), workshop.labels, folder, manifest))}
 
     def load(self, cell, folder): return load_distilled(folder)
@@ -261,14 +262,11 @@ class Distill(Kind):
 
 def set_workshop(cell, session) -> Workshop:
     "The workshop of a set, with everything in it that was prepared before."
-    p, given = cell.profile, {"data": session.once(load_data, cell.profile)}
     prepared = {up.method: session.load(up) for up in cell.inputs if up.kind == "finetune"}
     prepared |= {"judge": network_weights(session, up) for up in cell.inputs if up.is_full}
     latents = [up for up in cell.inputs if up.kind == "encode"]
-    if latents: given |= {"latents": session.load(latents[0])[0]}
-    def shared(profile): return session.once(load_backbone, profile)
-    return Workshop(p, cell.ipc, cell.seed, load=shared, prepared=prepared, declared=tuple(prepared),
-                    finetuned=cell.values["finetuned"], **given)
+    return Workshop(cell.profile, cell.ipc, cell.seed, latents=session.load(latents[0])[0] if latents else None,
+                    prepared=prepared, finetuned=cell.values["finetuned"], declared=tuple(prepared), once=session.once)
 
 # %% ../nbs/42_work.ipynb #b1a4f3f8
 def network_weights(session, cell) -> dict[str, torch.Tensor]:

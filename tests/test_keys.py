@@ -9,8 +9,9 @@ import pytest
 
 import ddkit
 from ddkit import cells, code
-from ddkit.cells import KINDS, Cell, code_of, kind_of
-from ddkit.profiles import FILES, HOW, Profile, load_profile
+from ddkit.cells import Cell, code_of, kind_of
+from ddkit.facts import Bare
+from ddkit.profiles import HOW, Profile, load_profile
 from ddkit.store import Store
 from ddkit.work import distill_cell, encode_cell, evaluate_cell, features_cell, finetune_cell, measure_cell
 
@@ -132,7 +133,7 @@ def test_all_values_that_are_read_are_in_the_key(cell, store, tmp_path, monkeypa
     recorded = Cell(**{f: getattr(cell, f) for f in cell.__dataclass_fields__ if f != "profile"}, profile=watched)
     known = set(cell.identity["profile"])
     monkeypatch.setattr("ddkit.store.depends_on", lambda make, profile: (make, "once"))  # it looks at fields to know what may be shared
-    monkeypatch.setattr("ddkit.methods.set_manifest", manifest := lambda recipes, workshop: {"method": "", "ipc": 2, "seed": 0, "classes": [
+    monkeypatch.setattr("ddkit.methods.set_manifest", manifest := lambda make, recipes, workshop: {"method": "", "ipc": 2, "seed": 0, "classes": [
         {"label": i, "folder": f, "name": c} for i, (f, c) in enumerate(zip(workshop.data.folders, workshop.data.classes))]})
     monkeypatch.setattr("ddkit.work.set_manifest", manifest)
     object.__setattr__(recorded, "__dict__", {**recorded.__dict__, "values": cell.values, "inputs": cell.inputs, "identity": cell.identity, "key": cell.key})
@@ -210,8 +211,9 @@ def test_keys_are_the_same_in_another_process():
 
 def test_no_module_lists_what_names_a_result():
     """Names of modules, functions and fields decide no key: the rooms that make keys hold no list of them."""
-    functions = {n.name for path in KIT.glob("*.py") for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
-    fields = set(Profile.__dataclass_fields__) - FILES - {"name", "options", "root", "inception"}
-    for module in ("code", "cells"):
-        said = {n.value for n in ast.walk(ast.parse((KIT / f"{module}.py").read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        assert not said & ((functions | fields) - {"reached", "digest", "method", "network", "seed", "ipc"}), said & (functions | fields)
+    trees = {path.stem: Bare().visit(ast.parse(path.read_text())) for path in KIT.glob("*.py")}  # without `__all__`
+    functions = {n.name for tree in trees.values() for n in tree.body if isinstance(n, ast.FunctionDef)}
+    fields = set(Profile.__dataclass_fields__) - {"options"}
+    for room in ("facts", "code", "cells"):
+        said = {n.value for n in ast.walk(trees[room]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not said & (functions | fields | set(trees)), room
