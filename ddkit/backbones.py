@@ -203,13 +203,15 @@ def load_embedded(
     side, classes = dit.config.sample_size, dit.config.num_embeds_ada_norm
     return Backbone(DiffusersDiT(dit), vae, (dit.config.in_channels, side, side), list(range(classes)), device)
 
-# %% ../nbs/11_backbones.ipynb #54bc24be
+# %% ../nbs/11_backbones.ipynb #471e7438
 @GENERATORS.register("embedded")
 def load_embedded_backbone(profile: Profile) -> Backbone:
-    "The embedded generator, on the profile's device. `ValueError` for other data: it draws digits, whatever it is asked."
+    """The embedded generator, on the profile's device.
+
+    `ValueError` for other data: it draws digits, whatever it is asked for."""
     if profile.dataset != "digits":
-        raise ValueError(f"generator = embedded of profile {profile.name!r} draws handwritten digits, and its dataset is "
-                         f"{profile.dataset}; set `generator` (and `weights`) to one of these classes' own")
+        raise ValueError(f"generator = embedded of profile {profile.name!r} draws handwritten digits, and its dataset "
+                         f"is {profile.dataset}; set `generator` (and `weights`) to one of these classes' own")
     return load_embedded(torch_device(profile))
 
 # %% ../nbs/11_backbones.ipynb #cd63261f

@@ -167,15 +167,15 @@ def fidelity_cells(
     return [measure_cell(profile, m, ipc, seed)
             for ipc in ipcs or profile.ipcs for m in methods for seed in profile.seeds]
 
-# %% ../nbs/60_papers.ipynb #00ab89ab
+# %% ../nbs/60_papers.ipynb #6699a109
 def comparison_ipc(profile: Profile) -> int:
     "The IPC at which methods are compared: 10 where the profile has it, else its largest."
     return 10 if 10 in profile.ipcs else max(profile.ipcs)
 
 
-def outer_ipcs(profile: Profile) -> tuple[int, int]:
-    "The two IPCs of class-wise tables: 10 and 50 where the profile has both, else its smallest and its largest."
-    return (10, 50) if {10, 50} <= set(profile.ipcs) else (min(profile.ipcs), max(profile.ipcs))
+def outer_ipcs(profile: Profile) -> tuple[int, ...]:
+    "The IPCs of class-wise tables: 10 and 50 where the profile has both, else its smallest and its largest."
+    return (10, 50) if {10, 50} <= set(profile.ipcs) else tuple(sorted({min(profile.ipcs), max(profile.ipcs)}))
 
 # %% ../nbs/60_papers.ipynb #f5f03b32
 def option_value(

@@ -29,7 +29,7 @@ from .sampling import Step, sample, sample_all
 from .selection import select
 from .training import half_precision
 
-# %% ../nbs/31_workshop.ipynb #e5f244e8
+# %% ../nbs/31_workshop.ipynb #110f749f
 Weights = dict[str, torch.Tensor]  # name → tensor, as safetensors keep them
 
 
@@ -54,7 +54,7 @@ class Workshop:
         finetuned: str = "",  # the preparation whose weights the generator takes
         declared: tuple[str, ...] | None = None,  # preparations that the method says it needs; None: any
         prepare: Callable[[str, "Workshop"], Weights] | None = None,  # makes what was not prepared before
-        once: Callable = anew,  # (function of a profile, profile) → what it makes: a session's, which several sets share
+        once: Callable = anew,  # (function, profile) → what it makes; a session's keeps it for the next set
     ):
         self.profile, self.ipc, self.seed = profile, ipc, seed
         self._data, self._latents, self._loaded, self._prepared = data, latents, backbone, dict(prepared or {})
