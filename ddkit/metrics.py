@@ -9,7 +9,7 @@ __all__ = ['INPUTS', 'FEATURES', 'METRICS', 'Metric', 'register_metric', 'metric
            'nearest_real_distance', 'tsne_diversity', 'tsne_representativeness', 'class_means', 'kernel_energy',
            'kernel_distance', 'measure', 'extract_features']
 
-# %% ../nbs/25_metrics.ipynb #925bb4c4
+# %% ../nbs/25_metrics.ipynb #b60c8bd3
 import functools
 import hashlib
 import inspect
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .points import TooFew, checked_labels, checked_pair, checked_points, drawn_pair, drawn_rows, mean_point
-from .points import row_blocks
+from .points import TooFew, checked_labels, checked_pair, checked_points
+from .points import drawn_pair, drawn_rows, mean_point, row_blocks
 from .registry import nearest_name, Registry
 from .profiles import FEATURES as PROFILE_FEATURES
 from .priors import kernel_distance_gradient
@@ -197,7 +197,7 @@ def _root(points: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
     scales, axes = torch.linalg.eigh(_covariance(points, origin))
     return axes * scales.clamp(min=0).sqrt()
 
-# %% ../nbs/25_metrics.ipynb #c45fa507
+# %% ../nbs/25_metrics.ipynb #da3a854d
 @register_metric("lower", "Fréchet distance")
 def frechet_distance(
     real: torch.Tensor,  # N×D features, N ≥ 2
@@ -211,7 +211,8 @@ def frechet_distance(
     x, root = _covariance(real, origin), _root(synthetic, origin)
     product = root.T @ x @ root
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    return max(0.0, float((mean_point(synthetic) - origin).square().sum() + x.trace() + root.square().sum() - 2 * trace))
+    apart = (mean_point(synthetic) - origin).square().sum()
+    return max(0.0, float(apart + x.trace() + root.square().sum() - 2 * trace))
 
 # %% ../nbs/25_metrics.ipynb #a3cef130
 @register_metric("lower", "FID", features="inception")
