@@ -22,7 +22,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q --durations 10 -n 2 --dist loadfile --ignore tests/test_engine.py tests
 
 test-slow: $(READY)
-	$(BIN)/nbdev-test --n-workers 2 --flags slow nbs
+	for notebook in $$(grep -l '"#| slow' nbs/*.ipynb); do $(BIN)/nbdev-test --flags slow $$notebook || exit 1; done
 	$(BIN)/python -m pytest -q --durations 10 -n 2 -m slow tests
 
 bench: $(READY)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,25 @@ def test_features_are_computed_once_per_set_and_extractor(tmp_path):
     assert written() == before
     features, labels = store.load(features_cell(SMOKE, "random", 2))
     assert features.shape == (20, 64) and labels.tolist() == [c for c in range(10) for _ in range(2)]
+
+
+def counted(monkeypatch, counts, place):
+    """Count the calls of a function of the kit."""
+    module, name = place.rsplit(".", 1)
+    function = getattr(sys.modules[module], name)
+    monkeypatch.setattr(place, lambda *given, **named: (counts.update([name]), function(*given, **named))[1])
+
+
+def test_a_process_loads_generator_data_and_sets_once(tmp_path, monkeypatch):
+    """An ablation over the sampler's values shares generator and data; networks that learn from a set share the set."""
+    store, counts = Store(tmp_path), Counter()
+    ablation = [distill_cell(profile, "mgd3", 2, scale=scale) for profile in (SMOKE, SMOKE.replace(cfg_scale=2.0, epochs=1)) for scale in (0.1, 0.2)]
+    students = [evaluate_cell(SMOKE, "random", 2, 0, network) for network in ("convnet6", "resnetap10")]
+    cells = [*ablation, features_cell(SMOKE, "mgd3", 2, extractor="denoiser"), *students]
+    for cell in cells: cell.key
+    for place in ("ddkit.backbones.load_embedded", "ddkit.data.load_digits_data", "ddkit.work.load_distilled"): counted(monkeypatch, counts, place)
+    for cell in cells: store.compute(cell)
+    assert counts == {"load_embedded": 1, "load_digits_data": 1, "load_distilled": 2}  # the sets of mgd3 and random
 
 
 def test_seeds_together_are_the_cells_that_they_are_alone(tmp_path):
