@@ -154,7 +154,7 @@ class Reached:
     entries: tuple[tuple[str, str], ...]  # (kind of registry, name), sorted
     reads: frozenset[str]  # attributes that are read of profiles; "*": all of them
 
-# %% ../nbs/08_code.ipynb #695cfe3e
+# %% ../nbs/08_code.ipynb #c3f3b96f
 # its values count where they are read, not what else it holds
 _PROFILE = Definition(Profile.__module__, Profile.__qualname__)
 _HERE = "ddkit.code"  # what finds names decides no result
@@ -162,6 +162,11 @@ _SHOWN = {"__repr__", "__str__", "_repr_markdown_", "_repr_html_"}  # for a read
 
 
 def _registered_names() -> dict[Definition, frozenset[str]]:
+    return _registered_at(Registry.changes)
+
+
+@functools.lru_cache(maxsize=2)
+def _registered_at(changes: int) -> dict[Definition, frozenset[str]]:
     "Functions and classes → the names that they are registered under: a decorator that does nothing else is no code."
     found: dict[Definition, set[str]] = {}
     for entry in (entry for registry in Registry.everywhere for entry in registry.entries()):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['images_made', 'plan_made', 'maker_of', 'set_manifest', 'distill', 'known_options', 'check_choices', 'plugin_methods']
 
-# %% ../nbs/39_methods.ipynb #31b3d917
+# %% ../nbs/39_methods.ipynb #9543ae55
 import difflib
+import functools
 import importlib.metadata
 import inspect
 import tempfile
@@ -28,7 +29,7 @@ from .profiles import FILES, Profile, Training
 from .protocols import PROTOCOLS
 from .recipes import METHODS, PREPARATIONS, Method, ResolvedRecipe, get_method, method_names, part_options
 from .recipes import prepare, preparation, register, register_sum, resolved_recipes, run_recipes, workshop_for
-from .registry import Registry, nearest_name
+from .registry import Registry, in_use_now, nearest_name
 from .sampling import SAMPLERS, VARIANCES
 from .sets import DistilledSet, check_free, load_distilled, save_distilled
 from .workshop import Weights, Workshop, as_plan, image_batches
@@ -138,9 +139,14 @@ def distill(
         manifest = set_manifest(make_pixels, recipes, workshop) | {"method": method.name}
         return save_distilled(pixels, workshop.labels, out or Path(tempfile.mkdtemp(prefix="ddkit-")), manifest)
 
-# %% ../nbs/39_methods.ipynb #47391809
+# %% ../nbs/39_methods.ipynb #79ee2925
 def known_options() -> dict[str, set[str]]:
     "Name → the options that a profile may set with it."
+    return _known_options(Registry.changes, in_use_now())
+
+
+@functools.lru_cache(maxsize=16)
+def _known_options(changes: int, plugins: tuple[str, ...]) -> dict[str, set[str]]:
     known: dict[str, set[str]] = {}
     for thing in (*METHODS.values(), *PREPARATIONS.values()):
         for one in getattr(thing, "parts", ()) or (thing,):

@@ -111,7 +111,7 @@ class Entry:
         "Where it came from, for a reader: a module, or a file."
         return self.plugin or self.function.__module__
 
-# %% ../nbs/00_registry.ipynb #7f683365
+# %% ../nbs/00_registry.ipynb #046dc343
 class Registry(Mapping):
     "Name → thing, in the order of registration. What plugins registered is there while they are in use."
     everywhere: list["Registry"] = []  # all registries
@@ -167,6 +167,8 @@ class Registry(Mapping):
         return iter(dict.fromkeys(name for name, of in self._entries if of in ("", *_in_use.get())))
 
     def __len__(self) -> int: return len(list(iter(self)))
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # two registries are two, whatever is in them
 
     def __repr__(self) -> str: return f"Registry({self.kind!r}: {', '.join(self)})"
 
