@@ -214,15 +214,10 @@ def load_embedded_backbone(profile: Profile) -> Backbone:
                          f"is {profile.dataset}; set `generator` (and `weights`) to one of these classes' own")
     return load_embedded(torch_device(profile))
 
-# %% ../nbs/11_backbones.ipynb #cd63261f
-_SETTINGS = {"dit": "dit", "stable-diffusion": "stable_diffusion"}  # generator → its weights' name in [DEFAULT]
-
-
+# %% ../nbs/11_backbones.ipynb #52a976c1
 def _where(profile: Profile) -> str:
     "Where settings.ini names the generator's weights."
-    own = "`weights = …` in the profile's section"
-    if profile.generator not in _SETTINGS: return f"set {own} of settings.ini"
-    return f"set `{_SETTINGS[profile.generator]} = …` in [DEFAULT] (or {own}) of settings.ini"
+    return "set `weights = …` in the profile's section of settings.ini, or the path that it refers to in [DEFAULT]"
 
 # %% ../nbs/11_backbones.ipynb #2dcff229
 def _is_hub_name(name: str) -> bool:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['module_source', 'Reached', 'known_words', 'reached', 'values_read', 'forget_sources']
 
-# %% ../nbs/08_code.ipynb #6ea8afb2
+# %% ../nbs/08_code.ipynb #8277ae66
 import ast
 import builtins
 import functools
@@ -22,19 +22,27 @@ from pathlib import Path
 import joblib
 
 from .facts import Bare, Call, Facts, facts_of, word_defaults, words_in
-from .profiles import HOW, Profile
+from .profiles import HOW, SHIPPED, Profile, profile_options
 from .registry import Entry, Registry, in_use_now
 
-# %% ../nbs/08_code.ipynb #1855921a
+# %% ../nbs/08_code.ipynb #442f136c
 _INSTALLED = tuple(str(Path(sysconfig.get_path(name)).resolve())
                    for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
+def _is_followed(module: str) -> bool: return module.split(".")[0] == "ddkit" or _is_users(module)
+
+
 @functools.cache
-def _is_followed(module: str) -> bool:
-    if module.split(".")[0] == "ddkit": return True
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return bool(file) and file.endswith(".py") and not str(Path(file).resolve()).startswith(_INSTALLED)
+def _is_users(module: str) -> bool:
+    "Whether a module is a user's own, neither the kit's nor installed. Such a one is imported if it was not yet."
+    if module.split(".")[0] in ("ddkit", "__main__"): return False
+    try: spec = getattr(sys.modules.get(module), "__spec__", None) or importlib.util.find_spec(module)
+    except (ImportError, ValueError): return False  # no module, but a name in one
+    file = getattr(spec, "origin", None) or ""
+    if not file.endswith(".py") or str(Path(file).resolve()).startswith(_INSTALLED): return False
+    if module not in sys.modules: importlib.import_module(module)
+    return True
 
 # %% ../nbs/08_code.ipynb #3a95224a
 def module_source(
@@ -43,13 +51,24 @@ def module_source(
     "The source of an imported module."
     return Path(sys.modules[module].__file__).read_text(encoding="utf-8")
 
-# %% ../nbs/08_code.ipynb #e6a773a9
+# %% ../nbs/08_code.ipynb #1818dd95
 class _Module:
     "A module's top level: name → the statements that define it, alias → what it imports."
 
     def __init__(self, name: str):
         self.name, self.defined, self.imported, self.others = name, {}, {}, []
-        for node in Bare().visit(ast.parse(module_source(name))).body: self._take(node)
+        self.tree = Bare().visit(ast.parse(module_source(name)))
+        for node in self.tree.body: self._take(node)
+
+    def user_modules(self) -> list[str]:
+        "The users' own modules that it imports, at the top or anywhere."
+        package, named = sys.modules[self.name].__package__ or "", []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import): named += [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                named += [source, *(f"{source}.{alias.name}" for alias in node.names)]
+        return [name for name in dict.fromkeys(named) if _is_users(name)]
 
     def _take(self, node):
         if isinstance(node, (ast.Import, ast.ImportFrom)): self._import(node)
@@ -122,7 +141,7 @@ def _head(node: ast.ClassDef) -> ast.ClassDef:
     members = [part for part in node.body if not isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return ast.ClassDef(node.name, node.bases, node.keywords, members or [ast.Pass()], node.decorator_list)
 
-# %% ../nbs/08_code.ipynb #6de7a12a
+# %% ../nbs/08_code.ipynb #f7a8517f
 # functions of notebooks, by their qualified names; the session may have them under no name
 _typed: dict[str, object] = {}
 
@@ -130,31 +149,47 @@ _typed: dict[str, object] = {}
 def _typed_facts(name: str, registered: frozenset[str]) -> tuple[Facts, ...]:
     "The facts of a function or a class that was typed into a notebook."
     value = _typed[name]
-    try: tree = Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(value)))).body[0]
-    except (OSError, TypeError, SyntaxError): return _compiled_facts(value)
-    return (facts_of(tree, registered),)
+    if not isinstance(value, type): return (_function_facts(value, registered),)
+    members = {name: _underneath(member) for name, member in sorted(vars(value).items())}
+    plain = [f"{name} = {_plain_text(name, member)}" for name, member in members.items()
+             if not hasattr(member, "__code__") and not name.startswith("__")]
+    bases = frozenset(base.__name__ for base in value.__bases__)
+    head = Facts(f"class {value.__qualname__}({', '.join(sorted(bases))}): {'; '.join(plain)}", names=bases)
+    return (head, *(_function_facts(member) for member in members.values() if hasattr(member, "__code__")))
 
 
-def _compiled_facts(value) -> tuple[Facts, ...]:
-    "What is left of code without source: its instructions, constants and names."
-    functions = [value] if hasattr(value, "__code__") else [f for f in vars(value).values() if hasattr(f, "__code__")]
-    codes = [f.__code__ for f in functions]
-    text = "\n".join(f"{c.co_code.hex()} {c.co_consts!r}" for c in codes) or repr(value)
-    words = {w for c in codes for w in c.co_consts if isinstance(w, str)}
-    names = {n for c in codes for n in c.co_names}
-    names, words = frozenset(names), frozenset(words)
-    return (Facts(text, names, names, attributes=names, words=words, reads=names),)
+def _underneath(member):
+    "The function of a property, a class method, a static method."
+    return getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
 
-# %% ../nbs/08_code.ipynb #d46ccb9b
+
+def _function_facts(function: Callable, registered: frozenset[str] = frozenset()) -> Facts:
+    "By its source; of a function without one, by its instructions, constants and names."
+    try: return facts_of(Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(function)))).body[0], registered)
+    except (OSError, TypeError, SyntaxError): codes = _codes(function.__code__)
+    constants = [constant for code in codes for constant in code.co_consts if not inspect.iscode(constant)]
+    text = "\n".join([*(code.co_code.hex() for code in codes), *map(repr, constants)])
+    names, words = frozenset(n for c in codes for n in c.co_names), frozenset(w for w in constants if isinstance(w, str))
+    return Facts(text, names, names, attributes=names, words=words, reads=names)
+
+
+def _codes(code) -> list:
+    "A code object and those of the functions in it."
+    return [code, *(inner for part in code.co_consts if inspect.iscode(part) for inner in _codes(part))]
+
+# %% ../nbs/08_code.ipynb #8a48b6c9
 @dataclass(frozen=True)
 class Reached:
     "What a walk found."
     definitions: tuple[str, ...]  # qualified names, sorted
     texts: tuple[str, ...]  # their bare code, sorted
     entries: tuple[tuple[str, str], ...]  # (kind of registry, name), sorted
+    owners: tuple[tuple[str, ...], ...]  # under which names a profile speaks of these entries
     reads: frozenset[str]  # attributes that are read of profiles; "*": all of them
+    assets: tuple[str, ...]  # files that ship with the kit and are named in the code, sorted
+    options: tuple[tuple, ...] = ()  # (entry, (option, value) …) for what the profile says of an entry
 
-# %% ../nbs/08_code.ipynb #c3f3b96f
+# %% ../nbs/08_code.ipynb #e66c026d
 # its values count where they are read, not what else it holds
 _PROFILE = Definition(Profile.__module__, Profile.__qualname__)
 _HERE = "ddkit.code"  # what finds names decides no result
@@ -179,7 +214,8 @@ class _Walk:
 
     def __init__(self, functions: Iterable[Callable], words: Iterable[str]):
         self.words, self.attributes, self.reads = set(words), set(), set()
-        self.found, self.plain, self.registries, self.entries, self.classes = {}, set(), [], set(), {}
+        self.found, self.plain, self.registries, self.entries, self.classes = {}, set(), [], {}, {}
+        self.modules = set()  # of users, that count as a whole
         self.names = _registered_names()
         for function in functions: self._object(function)
         while self._open_doors() or self._ask_methods(): pass
@@ -194,7 +230,11 @@ class _Walk:
         if name in here.defined:
             value = getattr(sys.modules[module], name, None)
             return value if isinstance(value, Registry) else Definition(module, name)
-        return self._imported(*here.imported[name]) if name in here.imported else None
+        if name not in here.imported: return None
+        source, original = here.imported[name]
+        found = self._imported(source, original)
+        if found is None or name != original: self.plain.add(f"{name} is {source}.{original}")
+        return found
 
     def _imported(self, module: str, name: str):
         if not _is_followed(module): return None
@@ -207,16 +247,29 @@ class _Walk:
         if name not in session: return None
         value = session[name]
         if isinstance(value, Registry): return value
-        if inspect.ismodule(value): return value.__name__ if _is_followed(value.__name__) else None
-        if callable(value) and hasattr(value, "__qualname__"): return self._home(value)
-        self.plain.add(f"{name} = {_plain_text(name, value)}")
+        if inspect.ismodule(value):
+            self.plain.add(f"{name} is {value.__name__}")
+            return value.__name__ if _is_followed(value.__name__) else None
+        if callable(value) and hasattr(value, "__qualname__"):
+            home = self._home(value)
+            if home is None: self.plain.add(f"{name} is {value.__module__}.{value.__qualname__}")
+            return home
+        self._value(name, value)
         return None
+
+    def _value(self, name: str, value):
+        "A value that a function of the session looks at, with the code of its class."
+        self.plain.add(f"{name} = {_plain_text(name, value)}")
+        if type(value).__module__ == "__main__" or _is_users(type(value).__module__): self._object(type(value))
 
     def _home(self, value):
         "Where a function or class is defined."
         value = inspect.unwrap(value)
         module, name = value.__module__, value.__qualname__.split(".<locals>")[0]
         if module == "__main__" or module not in sys.modules:
+            code = getattr(value, "__code__", None)
+            if code and "<" in value.__qualname__:  # of these there may be several
+                name = f"{value.__qualname__} {code.co_filename} {code.co_firstlineno}"
             _typed[name] = value
             return Definition("__main__", name)
         if not _is_followed(module): return None
@@ -225,9 +278,38 @@ class _Walk:
     def _object(self, value):
         "Enter a function, class or method that is at hand."
         home = self._home(value)
-        if home is None: return self.plain.add(f"{value.__module__}.{value.__qualname__}")
+        self._closed_over(inspect.unwrap(value))
+        if home is None:
+            if _is_users(value.__module__): self._user_module(value.__module__)
+            return self.plain.add(f"{value.__module__}.{value.__qualname__}")
         if home.module != "__main__" and "." in home.name: self._take(replace(home, name=home.name.split(".")[0]))
         self._take(home)
+
+    def _closed_over(self, value):
+        "What a function holds of the call that made it."
+        names = getattr(getattr(value, "__code__", None), "co_freevars", ())
+        for name, cell in zip(names, getattr(value, "__closure__", None) or ()):
+            try: held = cell.cell_contents
+            except ValueError: continue  # not filled yet
+            if held is value: continue
+            if callable(held) and hasattr(held, "__qualname__"): self._object(held)
+            else: self._value(name, held)
+
+    def _user_module(self, module: str):
+        """A user's own file counts as a whole, with those that it imports: it may fill tables, wrap functions and
+        compose names in ways that no walk sees."""
+        if module in self.modules: return
+        self.modules.add(module)
+        here = _module(module)
+        self.plain.add(ast.unparse(here.tree))
+        for other in here.user_modules(): self._user_module(other)
+        for name in here.defined:
+            self._take(definition := Definition(module, name))
+            self.words |= _defaults_left(definition, _NOTHING)
+            for node in here.defined[name]:
+                for method in _methods(node) if isinstance(node, ast.ClassDef) else ():
+                    self._take(replace(definition, name=f"{name}.{method.name}"))
+        for node in here.others: self._follow(facts_of(node), module)
 
     # definitions → facts
 
@@ -237,6 +319,8 @@ class _Walk:
             return
         if not isinstance(definition, Definition) or definition in self.found: return
         if _never_returns(definition) or definition == _PROFILE or definition.module == _HERE: return
+        if _is_users(definition.module) and definition.module not in self.modules:
+            return self._user_module(definition.module)
         registered = self.names.get(definition, frozenset())
         if definition.module == "__main__": facts = _typed_facts(definition.name, registered)
         else: facts = _definition_facts(definition, registered)
@@ -247,6 +331,7 @@ class _Walk:
     def _follow(self, facts: Facts, module: str):
         self.words |= facts.words
         self.attributes |= facts.attributes
+        if _is_users(module): self.reads |= facts.attributes & _FIELDS  # whatever its profile is called
         # its functions ask for single ones
         self.reads |= facts.reads - ({"options"} if module == _PROFILE.module else set())
         local = {alias: self._imported(_absolute(source, module), name) for alias, source, name in facts.imports}
@@ -263,9 +348,17 @@ class _Walk:
 
     def _methods_of(self, definition: Definition, node: ast.ClassDef) -> dict[str, bool]:
         "Method → whether it is taken at once."
-        bases = [self._resolve(b.id, definition.module) if isinstance(b, ast.Name) else None for b in node.bases]
-        outside = any(found is None and not _is_exception(base) for base, found in zip(node.bases, bases))
+        outside = self._calls_back(definition, node)
         return {m.name: outside or m.name.startswith("__") for m in _methods(node) if m.name not in _SHOWN}
+
+    def _calls_back(self, definition: Definition, node: ast.ClassDef) -> bool:
+        "Whether a class has an ancestor that the walk doesn't follow, and that may call any of its methods."
+        for base in node.bases:
+            if _is_exception(base): continue
+            found = self._resolve(base.id, definition.module) if isinstance(base, ast.Name) else None
+            above = _class_of(found) if isinstance(found, Definition) else None
+            if above is None or self._calls_back(found, above): return True
+        return False
 
     def _ask_methods(self) -> bool:
         "Take the methods that somebody asks for; whether there were any."
@@ -284,12 +377,14 @@ class _Walk:
         for registry in list(self.registries):
             for word in sorted(self.words):
                 if word in registry and (registry.kind, word) not in self.entries:
-                    self.entries.add((registry.kind, word))
-                    self._enter(registry.entry(word))
+                    entry = registry.entry(word)
+                    self.entries[registry.kind, word] = getattr(entry.value, "owners", (word,))
+                    self._enter(entry)
         return len(self.entries) > before
 
     def _enter(self, entry: Entry):
         self._object(entry.function)
+        if isinstance(home := self._home(entry.function), Definition): self.words |= _defaults_left(home, _NOTHING)
         if entry.value is entry.function: return
         if hasattr(type(entry.value), "__qualname__") and not isinstance(entry.value, type):
             self._object(type(entry.value))
@@ -356,14 +451,30 @@ def _defaults_left(definition, call: Call) -> set[str]:
     return {word for name, (place, words) in _own_defaults(definition).items() for word in words
             if name not in call.keywords and place >= call.positional}
 
-# %% ../nbs/08_code.ipynb #ddf4d044
-@functools.lru_cache(maxsize=4096)
-def _walked(functions: tuple[Callable, ...], words: frozenset[str], plugins: tuple[str, ...], typed: int) -> Reached:
+# %% ../nbs/08_code.ipynb #de4ff1c1
+_walked: dict[tuple, Reached] = {}  # walks that met nothing of a notebook, whose values may change at any time
+
+
+def _walk(functions: tuple[Callable, ...], words: frozenset[str]) -> Reached:
+    asked = functions, words, in_use_now(), Registry.changes
+    if asked in _walked: return _walked[asked]
     walk = _Walk(functions, words)
-    pieces = [piece for facts in walk.found.values() for piece in facts]
-    names = tuple(sorted(str(d) for d in walk.found))
-    return Reached(names, tuple(sorted({*(p.text for p in pieces), *walk.plain})), tuple(sorted(walk.entries)),
-                   frozenset(walk.reads))
+    # a method's text does not say whose it is
+    owner = {d: d.name.rpartition(".")[0] if d.module != "__main__" else "" for d in walk.found}
+    texts = {f"{owner[d]} {piece.text}".strip() for d, facts in walk.found.items() for piece in facts}
+    entries = sorted(walk.entries.items())
+    found = Reached(
+        definitions=tuple(sorted(map(str, walk.found))), texts=tuple(sorted(texts | walk.plain)),
+        entries=tuple(entry for entry, _ in entries), owners=tuple(owners for _, owners in entries),
+        reads=frozenset(walk.reads), assets=tuple(sorted(walk.words & _shipped())))
+    if not any(d.module == "__main__" for d in walk.found): _walked[asked] = found
+    return found
+
+
+@functools.cache
+def _shipped() -> frozenset[str]:
+    "Names of the files that ship with the kit for results to be made of."
+    return frozenset(path.name for path in SHIPPED.iterdir() if path.is_file() and path.suffix != ".ini")
 
 
 def known_words(values: Iterable) -> frozenset[str]:
@@ -382,7 +493,7 @@ def _names(changes: int, plugins: tuple[str, ...]) -> frozenset[str]:
     "All registered names."
     return frozenset(name for registry in Registry.everywhere for name in registry)
 
-# %% ../nbs/08_code.ipynb #df356d76
+# %% ../nbs/08_code.ipynb #7fafbb10
 _FIELDS = frozenset(f.name for f in fields(Profile))
 
 
@@ -395,19 +506,20 @@ def reached(
     that it reads."""
     functions, words = tuple(dict.fromkeys(functions)), known_words(values)
     while True:
-        found = _walked(functions, words, in_use_now(), _session_state(functions))
+        found = _walk(functions, words)
         read = _FIELDS if "*" in found.reads else found.reads & _FIELDS
-        more = words | known_words(getattr(profile, name) for name in read)
-        if more == words: return replace(found, reads=frozenset(read))
+        options = _said_of(found, profile)
+        said = [*(getattr(profile, name) for name in read), *(value for _, lines in options for _, value in lines)]
+        more = words | known_words(said)
+        if more == words: return replace(found, reads=frozenset(read), options=options)
         words = more
 
 
-def _session_state(functions: tuple[Callable, ...]) -> int:
-    """Changes with the names of a notebook's session, which may stand for something else a cell later; 0 where no
-    function was typed into one."""
-    if not _any_typed(Registry.changes) and all(f.__module__ != "__main__" for f in functions): return 0
-    main = vars(sys.modules["__main__"])
-    return hash(tuple((name, id(value)) for name, value in main.items() if not name.startswith("_")))
+def _said_of(found: Reached, profile: Profile) -> tuple[tuple, ...]:
+    "What the profile says of the entries that were found."
+    def lines(owners): return {k: v for owner in owners for k, v in profile_options(profile, owner).items()}
+    said = [(entry, tuple(sorted(lines(owners).items()))) for entry, owners in zip(found.entries, found.owners)]
+    return tuple((entry, options) for entry, options in said if options)
 
 
 def values_read(
@@ -418,14 +530,8 @@ def values_read(
     "The fields of the profile that decide what the functions make, with their values; without those that say only how."
     return {name: getattr(profile, name) for name in sorted(reached(functions, profile, values).reads - HOW)}
 
-# %% ../nbs/08_code.ipynb #f0e35e4f
+# %% ../nbs/08_code.ipynb #fb93dd78
 def forget_sources() -> None:
     "Read all sources again: for tests that edit them."
-    for cached in (_walked, _module, _definition_facts, _never_returns, _own_defaults, _is_followed):
-        cached.cache_clear()
-
-# %% ../nbs/08_code.ipynb #5356db01
-@functools.lru_cache(maxsize=1)
-def _any_typed(changes: int) -> bool:
-    "Whether anything that was typed into a notebook is registered."
-    return any(e.function.__module__ == "__main__" for registry in Registry.everywhere for e in registry.entries())
+    _walked.clear()
+    for cached in (_module, _definition_facts, _never_returns, _own_defaults, _is_users): cached.cache_clear()

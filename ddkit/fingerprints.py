@@ -83,9 +83,9 @@ def remembered(
         if root.is_dir(): write_json(root / "digests.json", {**read_json(root / "digests.json"), name: known[name]})
     return known[name][1]
 
-# %% ../nbs/40_fingerprints.ipynb #c4f998c2
+# %% ../nbs/40_fingerprints.ipynb #9c86fb62
 def _weight_files(path: Path) -> list[Path]:
-    endings = (".safetensors", ".bin", ".json", ".pt", ".pth")
+    endings = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth")
     return sorted(p for p in path.rglob("*") if p.suffix in endings) if path.is_dir() else [path]
 
 

@@ -101,7 +101,7 @@ FEATURES = ("judge", "inception", "denoiser")  # of the feature network, of FID'
 HOW = frozenset(f.name for f in fields(Profile) if f.metadata.get("how"))
 FILES = frozenset(f.name for f in fields(Profile) if f.metadata.get("file"))
 
-# %% ../nbs/01_profiles.ipynb #35a41f5f
+# %% ../nbs/01_profiles.ipynb #dad02a12
 @dataclass(frozen=True)
 class Training:
     "How a network is trained: the values of a protocol."
@@ -109,6 +109,7 @@ class Training:
     batch_size: int
     learning_rate: float
     weight_decay: float
+    augmentations: tuple[str, ...]
     # "soft": the teacher's, for every batch; "stored": these, computed ahead in half precision
     labels: Literal["hard", "soft", "stored"] = "hard"
     norm: str = "instance"  # of the ResNets and ConvNets: "instance" (the papers' GroupNorm(C, C)) or "batch"
@@ -117,7 +118,6 @@ class Training:
     decayed: Literal["all", "matrices"] = "all"  # which weights decay; "matrices": those of two and more dimensions
     # learning rate: "steps" (× 0.2 at 2/3 and 5/6), "cosine", "half-cosine" (half of one twice as long), "constant"
     schedule: Literal["steps", "cosine", "half-cosine", "constant"] = "steps"
-    augmentations: tuple[str, ...] = ("crop", "flip", "color", "lighting", "cutmix")
     crop_scale: float = 0.5  # smallest share of the area that "crop" keeps
     temperature: float = 1.0  # soft labels: both sides are divided by it
     norm_passes: int = 1  # how often a batch enters BatchNorm's running statistics (RDED shows each batch twice)

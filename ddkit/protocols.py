@@ -200,12 +200,13 @@ def _soft_sre2l(profile: Profile, ipc: int, classes: int) -> Training:
         decayed="matrices", schedule="cosine", labels="stored", temperature=20.0, norm="batch",
         augmentations=("crop", "flip", "cutmix"), crop_scale=0.08, evaluations=30, test_view="centre")
 
-# %% ../nbs/23_protocols.ipynb #9aa5e6ba
+# %% ../nbs/23_protocols.ipynb #b18380c6
 @protocol("hard-igd", "Minimax's trainer with AdamW",
           "IGD (Chen et al., ICLR 2025), train.py; its other files as in Minimax. DAP follows it")
 def _hard_igd(profile: Profile, ipc: int, classes: int) -> Training:
     return Training(epochs=epochs_for(ipc, classes), batch_size=released_optimizer(classes)["eval_batch_size"],
-                    learning_rate=1e-3, weight_decay=0.01, optimizer="adamw")
+                    learning_rate=1e-3, weight_decay=0.01, optimizer="adamw",
+                    augmentations=("crop", "flip", "color", "lighting", "cutmix"))
 
 
 @protocol("hard-d3hr", "Mixup, AdamW, half a cosine, BatchNorm; tested after each of the last hundred epochs",

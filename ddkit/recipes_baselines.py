@@ -105,7 +105,7 @@ def d3hr(workshop: Workshop, groups: int = 10_000) -> Plan:
     index, channels = inversion_index(workshop.profile), workshop.backbone.latent_shape[0]
     return Plan(start=start, start_index=index, sampler="ddim", cfg_channels=channels)
 
-# %% ../nbs/37_recipes_baselines.ipynb #4a0f8ce3
+# %% ../nbs/37_recipes_baselines.ipynb #4e4647f7
 def _check_cao2(candidates: int, iterations: int, **words: tuple) -> None:
     if candidates < 1: raise ValueError(f"candidates = {candidates}: CaO² needs at least one per image")
     if iterations < 0: raise ValueError(f"iterations = {iterations}: choose 0 (no refinement) or more")
@@ -113,7 +113,7 @@ def _check_cao2(candidates: int, iterations: int, **words: tuple) -> None:
         if value not in known: nearest_name(f"{what} of cao2:", value, known)
 
 
-@register("cao2", needs=("judge",), fills=("candidates", "choose", "refine"))
+@register("cao2", needs=("judge",), fills=("candidates", "keep", "refine"))
 def cao2(
     workshop: Workshop,
     candidates: int = 4,  # for each image
@@ -128,7 +128,7 @@ def cao2(
                 asked_at=(asked_at, ("timestep", "index")))
     order = ("most" if workshop.ipc < 50 else "least") if order == "auto" else order
 
-    def choose(workshop, latents):
+    def keep(workshop, latents):
         with torch.no_grad():
             parts = [workshop.judge.logits(workshop.backbone.decode(part)).softmax(1).cpu()
                      for part in latents.split(workshop.profile.batch_size)]
@@ -142,7 +142,7 @@ def cao2(
                               iterations=iterations, condition=condition,
                               asked_at=asked_at, seed=workshop.seed, batch_size=workshop.profile.batch_size)
 
-    return Plan(candidates=candidates, choose=choose, refine=refine)
+    return Plan(candidates=candidates, keep=keep, refine=refine)
 
 # %% ../nbs/37_recipes_baselines.ipynb #a4a1bc2b
 @preparation("surrogate", latents=False)

@@ -125,11 +125,11 @@ def checked_finite(values: torch.Tensor, what: str) -> torch.Tensor:
     if not values.isfinite().all(): raise ValueError(f"{what} contain NaN or infinite values; nothing was chosen")
     return values
 
-# %% ../nbs/36_recipes_ims3.ipynb #9b288186
+# %% ../nbs/36_recipes_ims3.ipynb #1d784ea6
 REFERENCES = ("real", "generated")
 
 
-@register("s3", needs=("judge",), fills=("candidates", "choose"))
+@register("s3", needs=("judge",), fills=("candidates", "keep"))
 def s3(
     workshop: Workshop,
     groups: int = 5,  # G
@@ -146,7 +146,7 @@ def s3(
     if reference not in REFERENCES: nearest_name("reference of s3:", reference, REFERENCES)
     EXTRACTORS.entry(space)  # raises for an unknown one, before anything is generated
 
-    def choose(workshop, latents):
+    def keep(workshop, latents):
         classes, ipc = len(workshop.data.classes), workshop.ipc
         grouped = candidate_features(workshop, latents, space).view(classes, groups, ipc, -1)
         centroids = torch.stack([torch.stack([unit_centroid(group) for group in of_class]) for of_class in grouped])
@@ -155,7 +155,7 @@ def s3(
         kept = select_subgroups(centroids, torch.stack([unit_centroid(features) for features in real]), alpha, beta)
         return (torch.arange(classes)[:, None] * groups * ipc + kept[:, None] * ipc + torch.arange(ipc)).flatten()
 
-    return Plan(candidates=groups, choose=choose)
+    return Plan(candidates=groups, keep=keep)
 
 # %% ../nbs/36_recipes_ims3.ipynb #c57454a3
 register_sum("im + s3", "ims3")

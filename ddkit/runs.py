@@ -168,7 +168,7 @@ def measure_images(
         return measure(real, synthetic, real_labels=None if labels is None else real_labels, synthetic_labels=labels,
                        features=extractor)
 
-# %% ../nbs/44_runs.ipynb #1b04af6b
+# %% ../nbs/44_runs.ipynb #492ca1fd
 def rough_seconds(cell: Cell) -> float:
     """A guess without any experience: images × steps of the sampler, or images × epochs of training, times what
     one takes."""
@@ -186,28 +186,32 @@ def rough_seconds(cell: Cell) -> float:
     return 0.5 + work / (speed * 20 if speed > 1 else 1)
 
 
-_RELATIVES = (("kind", "profile", "method", "ipc", "network"), ("kind", "profile", "ipc", "network"),
-              ("kind", "profile", "network"), ("kind", "profile"))
+_RELATIVES = (("method", "ipc", "network"), ("ipc", "network"), ("network",), ())
 
-# %% ../nbs/44_runs.ipynb #01570ae1
+
+def _families(facts: dict) -> list[tuple]:
+    "What a cell has in common with fewer and fewer others; the full set is nobody's relative."
+    same = facts["kind"], facts["profile"], facts["method"] == "full"
+    return [(same, names, *(facts[name] for name in names)) for names in _RELATIVES]
+
+# %% ../nbs/44_runs.ipynb #2b5fbf0b
 def history(
     store: Store,
 ) -> dict[tuple, float]:
     "Median seconds of the cells in the store, by what they have in common: kind, profile, method, IPC, network."
     times: dict[tuple, list] = {}
     for record in store.records():
-        for names in _RELATIVES:
-            times.setdefault((names, *(record.get(n) for n in names)), []).append(record["seconds"])
+        for family in _families(record): times.setdefault(family, []).append(record["seconds"])
     return {family: sorted(seconds)[len(seconds) // 2] for family, seconds in times.items()}
 
-# %% ../nbs/44_runs.ipynb #1c7d1d51
+# %% ../nbs/44_runs.ipynb #7a7f5c85
 def estimate(
     cell: Cell,
     known: dict[tuple, float],  # from `history`
 ) -> float:
     "Seconds that a cell will probably take."
-    values = {"kind": cell.kind, "profile": cell.profile.name, "method": cell.method, "ipc": cell.ipc,
-              "network": cell.network}
-    for names in _RELATIVES:
-        if (seconds := known.get((names, *(values[n] for n in names)))) is not None: return seconds
+    facts = {"kind": cell.kind, "profile": cell.profile.name, "method": cell.method, "ipc": cell.ipc,
+             "network": cell.network}
+    for family in _families(facts):
+        if family in known: return known[family]
     return rough_seconds(cell)

@@ -78,17 +78,15 @@ def problem(
         if wanted and file_sha256(path) != listed[name]["sha256"]: return f"{name} has another checksum"
     return None
 
-# %% ../nbs/43_store.ipynb #78bb62d3
+# %% ../nbs/43_store.ipynb #2984f761
 def depends_on(
     make: Callable,  # a function of a profile
     profile: Profile,
 ) -> tuple:
     "What a function makes of a profile depends on this."
     found = reached((make,), profile)
-    named = {name for _, name in found.entries}
-    said = tuple(pair for pair in profile.options if pair[0].split(".")[0] in named)
     values = {name: field_value(profile, name) for name in sorted(found.reads - {"name", "options"})}
-    return make, tuple(sorted((name, str(value)) for name, value in values.items())), said
+    return found.texts, found.options, tuple(sorted((name, str(value)) for name, value in values.items()))
 
 
 class Session:

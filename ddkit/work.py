@@ -6,14 +6,13 @@
 __all__ = ['TEACHING', 'SET_FEATURES', 'encode_cell', 'finetune_cell', 'distill_cell', 'evaluate_cell', 'judge_cell',
            'teacher_cell', 'features_cell', 'measure_cell', 'about', 'Encode', 'Finetune', 'Distill', 'set_workshop',
            'network_weights', 'shared_judge', 'shared_teacher', 'no_teacher', 'with_teacher', 'Evaluate', 'training_of',
-           'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of', 'inception_features_of',
-           'denoiser_features_of', 'Features', 'Measure']
+           'scores_of', 'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of',
+           'inception_features_of', 'denoiser_features_of', 'Features', 'Measure']
 
-# %% ../nbs/42_work.ipynb #4d39caf4
+# %% ../nbs/42_work.ipynb #45184171
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,9 +34,10 @@ from .networks import NETWORKS
 from .plugins import plugins_of
 from .probes import denoiser_features
 from .profiles import Profile, Training, torch_device
-from .protocols import TEACHER_PROTOCOL, epochs_for, teacher_from_file, teacher_from_weights, train_and_test
-from .protocols import training_values
-from .recipes import PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs, resolved_preparation
+from .protocols import PROTOCOLS, TEACHER_PROTOCOL, epochs_for, teacher_from_file, teacher_from_weights
+from .protocols import train_and_test, training_values
+from .recipes import METHODS, PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs
+from .recipes import resolved_preparation
 from .recipes import resolved_recipes, run_preparation
 from .registry import Registry
 from .sets import load_distilled, save_distilled
@@ -187,7 +187,7 @@ class Encode(Kind):
 
     def summary_of(self, value): return "×".join(map(str, value["shape"]))
 
-# %% ../nbs/42_work.ipynb #04c4e267
+# %% ../nbs/42_work.ipynb #1713c44b
 @KINDS.register("finetune")
 class Finetune(Kind):
     "The weights that a preparation makes."
@@ -202,7 +202,7 @@ class Finetune(Kind):
 
     def functions_of(self, cell): return [PREPARATIONS[cell.method].function]
 
-    def owners_of(self, cell): return set(PREPARATIONS[cell.method].owners)
+    def resolved_of(self, cell): return {(PREPARATIONS.kind, cell.method)}
 
     def compute(self, cell, session, folder):
         p, latents, backbone = cell.profile, None, None
@@ -216,7 +216,7 @@ class Finetune(Kind):
 
     def summary_of(self, value): return f"{value['numbers']:,} weights"
 
-# %% ../nbs/42_work.ipynb #e6cca7f3
+# %% ../nbs/42_work.ipynb #a2ce55b1
 @KINDS.register("distill")
 class Distill(Kind):
     "A distilled set, as `ddkit.methods.distill` writes it."
@@ -243,9 +243,9 @@ class Distill(Kind):
         method = get_method(cell.method)
         return [maker_of(method), *(part.recipe for part in method.parts or (method,))]
 
-    def owners_of(self, cell):
+    def resolved_of(self, cell):
         method = get_method(cell.method)
-        return {owner for part in method.parts or (method,) for owner in part.owners}
+        return {(METHODS.kind, part.name) for part in method.parts or (method,)}
 
     def compute(self, cell, session, folder):
         make_pixels, *functions = cell.functions
@@ -304,7 +304,7 @@ def with_teacher(cell, session):
 
 TEACHING.add("stored", with_teacher);
 
-# %% ../nbs/42_work.ipynb #95c44389
+# %% ../nbs/42_work.ipynb #9cacfe69
 @KINDS.register("evaluate")
 class Evaluate(Kind):
     "Scores of one network; the network itself too if it saw the full data."
@@ -325,15 +325,12 @@ class Evaluate(Kind):
         return {"network": cell.network, "protocol": cell.protocol, "training": asdict(training), "full": cell.is_full,
                 "ipc": cell.ipc, "seed": cell.seed}
 
-    def owners_of(self, cell): return {cell.protocol}
+    def resolved_of(self, cell):
+        "The protocol's; where labels come from has names of protocols, and no options."
+        return {(PROTOCOLS.kind, cell.protocol), *((TEACHING.kind, name) for name in TEACHING)}
 
     def compute(self, cell, session, folder):
-        data, training = session.once(load_data, cell.profile), training_of(cell)
-        source = data.train if cell.is_full else session.load(cell.inputs[0])
-        if training.epochs is None:
-            training = replace(training, epochs=epochs_for(_largest_class(source), len(data.classes)))
-        scores, = train_and_test([source], cell.profile, cell.network, training, [cell.seed], data,
-                                 TEACHING[training.labels](cell, session), cell.protocol)
+        scores, = scores_of([cell], session)
         if cell.is_full:
             save_file({k: v.contiguous().cpu() for k, v in scores.network.state_dict().items()},
                       folder / "network.safetensors")
@@ -352,18 +349,27 @@ def training_of(cell) -> Training:
 def _largest_class(source) -> int: return int(torch.bincount(torch.as_tensor(source.labels)).max())
 
 
+def scores_of(cells, session) -> list:
+    "Scores of evaluations that differ in the seed only, trained in one pass."
+    first = cells[0]
+    training, data = training_of(first), session.once(load_data, first.profile)
+    sources = [data.train if cell.is_full else session.load(cell.inputs[0]) for cell in cells]
+    if training.epochs is None:
+        training = replace(training, epochs=epochs_for(_largest_class(sources[0]), len(data.classes)))
+    teacher = TEACHING[training.labels](first, session)
+    return train_and_test(sources, first.profile, first.network, training, [cell.seed for cell in cells], data, teacher,
+                          first.protocol)
+
+
 def score_values(scores) -> dict:
     return {k: getattr(scores, k) for k in ("best", "last", "per_class", "per_class_last", "curve", "settings")}
 
-# %% ../nbs/42_work.ipynb #43999788
-def evaluate_in_company(cells, session) -> Iterator[tuple[dict, float]]:
-    "Values and seconds of evaluations that differ in the seed only, trained in one pass."
-    first, started = cells[0], time.perf_counter()
-    training, data = training_of(first), session.once(load_data, first.profile)
-    scores = train_and_test([session.load(c.inputs[0]) for c in cells], first.profile, first.network, training,
-                            [c.seed for c in cells],
-                            data, TEACHING[training.labels](first, session), first.protocol)
-    return [(score_values(s), (time.perf_counter() - started) / len(cells)) for s in scores]
+# %% ../nbs/42_work.ipynb #deeac005
+def evaluate_in_company(cells, session) -> list[tuple[dict, float]]:
+    "Values and seconds of evaluations that differ in the seed only."
+    started, scores = time.perf_counter(), scores_of(cells, session)
+    seconds = (time.perf_counter() - started) / len(cells)
+    return [(score_values(one), seconds) for one in scores]
 
 
 def in_company(

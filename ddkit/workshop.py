@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'anew', 'Workshop', 'mode_options', 'encode_training_set', 'Plan', 'as_plan', 'sample_plan', 'generate',
            'image_batches', 'sampling_steps']
 
-# %% ../nbs/31_workshop.ipynb #1710e8d3
+# %% ../nbs/31_workshop.ipynb #3d1d4674
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -23,13 +23,13 @@ from .backbones import Backbone, load_backbone
 from .finetuning import apply_finetuned
 from .guidance import Guidance, SumGuidance, rows_of
 from .judges import Classifier, judge_from_file, judge_from_weights
-from .modes import MODES, discover_modes
+from .modes import MODES, check_points, discover_modes
 from .profiles import Profile, profile_options, resolve_options
 from .sampling import Step, sample, sample_all
-from .selection import select
+from .selection import random_images, select
 from .training import half_precision
 
-# %% ../nbs/31_workshop.ipynb #110f749f
+# %% ../nbs/31_workshop.ipynb #b2feef2b
 Weights = dict[str, torch.Tensor]  # name → tensor, as safetensors keep them
 
 
@@ -111,17 +111,19 @@ class Workshop:
 
     def draw(self) -> torch.Tensor:
         "Training images drawn at random from each class; N×C×H×W."
-        return self._chosen("random", lambda members: torch.zeros(len(members), 1))
+        def drawn(rows):
+            places = check_points(torch.zeros(len(rows), 1), self.ipc, "images")
+            return random_images(places, self.ipc, self.seed)
+        return self._chosen(drawn)
 
     def choose(self, rule: str) -> torch.Tensor:
         "Training images chosen per class by a selection rule on the latents (`ddkit.selection`); N×C×H×W."
         if rule == "random": return self.draw()  # which needs no latents
-        return self._chosen(rule, lambda members: self.latents[members].flatten(1))
+        return self._chosen(lambda rows: select(self.latents[rows].flatten(1).cpu(), self.ipc, rule, seed=self.seed))
 
-    def _chosen(self, rule: str, features: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        members = map(self.data.train.of_class, range(len(self.data.classes)))
-        chosen = [rows[select(features(rows).cpu(), self.ipc, rule, seed=self.seed)] for rows in members]
-        return self.data.train.batch(torch.cat(chosen))
+    def _chosen(self, choice: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        members = [self.data.train.of_class(c) for c in range(len(self.data.classes))]
+        return self.data.train.batch(torch.cat([rows[choice(rows)] for rows in members]))
 
     def modes(self, method: str, **options) -> torch.Tensor:
         "One mode per image to make: the centroids of each class's latents (`ddkit.modes`); N×C×H×W."
@@ -180,7 +182,7 @@ def _grown(folder: Path, latents: np.memmap, count: int) -> None:
     (folder / ".count").write_text(str(count))
     os.replace(folder / ".count", folder / "count")
 
-# %% ../nbs/31_workshop.ipynb #7e6b08cd
+# %% ../nbs/31_workshop.ipynb #732fb820
 @dataclass(frozen=True)
 class Plan:
     "How the generator makes the images of one set."
@@ -190,7 +192,7 @@ class Plan:
     sampler: str | None = None  # None: the profile's
     cfg_channels: int | None = None  # latent channels that classifier-free guidance acts on; None: the profile's
     candidates: int = 1  # sets made for each one that is kept
-    choose: Callable | None = None  # (workshop, latents of all candidates) → their rows to keep, N, as workshop.labels
+    keep: Callable | None = None  # (workshop, latents of all candidates) → their rows to keep, N, as workshop.labels
     refine: Callable | None = None  # (workshop, latents N×C×H×W) → latents
 
     def __add__(self, other: "Plan | Guidance") -> "Plan":
@@ -263,7 +265,7 @@ def _started(plan: Plan, guidance, rows: torch.Tensor, indices: torch.Tensor) ->
                          "lower its stop step, or start earlier")
     return {"x_start": plan.start(rows, indices), "start_index": plan.start_index}
 
-# %% ../nbs/31_workshop.ipynb #246c12a5
+# %% ../nbs/31_workshop.ipynb #5eab7388
 def generate(
     workshop: Workshop,
     plan: Plan | Guidance | None = None,  # None: plain sampling
@@ -278,7 +280,7 @@ def image_batches(
 ) -> Iterator[torch.Tensor]:
     "The images of a plan, batch by batch: as floats, those of 1,000 classes are not to be held at once."
     latents = sample_plan(workshop, plan)
-    if plan.choose: latents = latents[plan.choose(workshop, latents).to(latents.device)]
+    if plan.keep: latents = latents[plan.keep(workshop, latents).to(latents.device)]
     if plan.refine: latents = plan.refine(workshop, latents)
     for part in latents.split(workshop.profile.batch_size): yield workshop.backbone.decode(part).cpu()
 

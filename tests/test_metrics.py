@@ -68,7 +68,7 @@ def test_rows_order_and_precision_of_the_features_do_not_matter(monkeypatch):
     real, synthetic, real_labels, labels = features(300, 60, 16)
     given = dict(real_labels=real_labels, synthetic_labels=labels)
     whole = {kind: measure(real, synthetic, features=kind, **given) for kind in metrics.FEATURES}
-    monkeypatch.setattr(metrics, "_NUMBERS", 1000)
+    monkeypatch.setattr("ddkit.points.BLOCK", 1000)
     order, other = torch.randperm(300, generator=torch.Generator().manual_seed(0)), torch.randperm(60, generator=torch.Generator().manual_seed(1))
     for kind, values in whole.items():
         shuffled = measure(real[order].double(), synthetic[other].double(), real_labels=real_labels[order], synthetic_labels=labels[other], features=kind)

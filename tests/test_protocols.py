@@ -252,7 +252,7 @@ def test_rows_of_imagenet_keep_the_order_of_the_data(data):
     with pytest.raises(ValueError, match="the 10 classes of the data are not ImageNet's"): imagenet_rows(data)
 
 
-def mine(profile, ipc, classes): return Training(1, 1, 0.1, 0.0)
+def mine(profile, ipc, classes): return Training(1, 1, 0.1, 0.0, ())
 
 
 def test_a_taken_name_of_a_protocol_is_refused():
@@ -272,7 +272,7 @@ def test_a_taken_name_of_a_protocol_is_refused():
 def test_only_matrices_that_are_called_a_weight_decay(name, spared, optimizer):
     "As released, by RDED: a matrix of another name, such as a class token, keeps its size."
     network = create_network(name, 10, 16, 1, 1 / 8, norm="batch")
-    matrices, values = matrix_names(network), Training(1, 1, 0.1, 0.01, optimizer=optimizer, decayed="matrices")
+    matrices, values = matrix_names(network), Training(1, 1, 0.1, 0.01, (), optimizer=optimizer, decayed="matrices")
     before = {part: weight.detach().clone() for part, weight in network.named_parameters()}
     steps = make_optimizer(dict(network.named_parameters()), values, matrices)
     for weight in network.parameters(): weight.grad = torch.zeros_like(weight)
@@ -284,7 +284,7 @@ def test_only_matrices_that_are_called_a_weight_decay(name, spared, optimizer):
 @pytest.mark.parametrize("name", network_names())
 def test_everything_decays_unless_a_protocol_spares_it(name):
     network = create_network(name, 10, 16, 1, 1 / 8)
-    (group,) = make_optimizer(dict(network.named_parameters()), Training(1, 1, 0.1, 0.01), matrix_names(network)).param_groups
+    (group,) = make_optimizer(dict(network.named_parameters()), Training(1, 1, 0.1, 0.01, ()), matrix_names(network)).param_groups
     assert len(group["params"]) == len(list(network.parameters())) and group["weight_decay"] == 0.01
 
 
