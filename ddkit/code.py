@@ -141,7 +141,7 @@ def _head(node: ast.ClassDef) -> ast.ClassDef:
     members = [part for part in node.body if not isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return ast.ClassDef(node.name, node.bases, node.keywords, members or [ast.Pass()], node.decorator_list)
 
-# %% ../nbs/08_code.ipynb #f7a8517f
+# %% ../nbs/08_code.ipynb #95894d77
 # functions of notebooks, by their qualified names; the session may have them under no name
 _typed: dict[str, object] = {}
 
@@ -169,7 +169,8 @@ def _function_facts(function: Callable, registered: frozenset[str] = frozenset()
     except (OSError, TypeError, SyntaxError): codes = _codes(function.__code__)
     constants = [constant for code in codes for constant in code.co_consts if not inspect.iscode(constant)]
     text = "\n".join([*(code.co_code.hex() for code in codes), *map(repr, constants)])
-    names, words = frozenset(n for c in codes for n in c.co_names), frozenset(w for w in constants if isinstance(w, str))
+    names, words = (frozenset(name for code in codes for name in code.co_names),
+                    frozenset(said for said in constants if isinstance(said, str)))
     return Facts(text, names, names, attributes=names, words=words, reads=names)
 
 

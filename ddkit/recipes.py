@@ -8,7 +8,7 @@ __all__ = ['Recipe', 'METHODS', 'LISTED_SUMS', 'PREPARATIONS', 'Method', 'regist
            'preparation_options', 'resolved_preparation', 'preparation_inputs', 'run_preparation', 'prepare',
            'workshop_for', 'judge', 'finetuned_with', 'finetune_difffit']
 
-# %% ../nbs/32_recipes.ipynb #48373001
+# %% ../nbs/32_recipes.ipynb #cab941ca
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ import torch
 
 from .images import RealData
 from .backbones import Backbone
-from .finetuning import DiffusionTerm, finetune
+from .finetuning import DiffusionTerm, apply_finetuned, finetune
 from .guidance import Guidance
 from .plugins import plugins_of
 from .profiles import Profile, resolve_options, signature_options
@@ -306,7 +306,7 @@ def prepare(
         return run_preparation(name, PREPARATIONS[name].function, workshop,
                                resolved_preparation(name, profile, options))
 
-# %% ../nbs/32_recipes.ipynb #0b33fdb6
+# %% ../nbs/32_recipes.ipynb #f4395486
 def workshop_for(
     method: str,
     profile: Profile,
@@ -322,7 +322,8 @@ def workshop_for(
         latents = workshop.latents if PREPARATIONS[name].latents else None
         return prepare(name, profile, workshop.data, latents,
                        workshop.plain_backbone if latents is not None else None, **asked.get(name, {}))
-    return Workshop(profile, ipc, seed, finetuned=known.finetuned, declared=known.preparations, prepare=make, **given)
+    return Workshop(profile, ipc, seed, finetuned=known.finetuned, tune=apply_finetuned, declared=known.preparations,
+                    prepare=make, **given)
 
 # %% ../nbs/32_recipes.ipynb #7d71a7a7
 @preparation("judge", latents=False)

@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'SET_FEATURES', 'encode_cell', 'finetune_cell', 'distill_
            'scores_of', 'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of',
            'inception_features_of', 'denoiser_features_of', 'Features', 'Measure']
 
-# %% ../nbs/42_work.ipynb #45184171
+# %% ../nbs/42_work.ipynb #65428554
 import os
 import shutil
 import time
@@ -24,6 +24,7 @@ from .images import to_pixels
 from .decoding import mapped
 from .data import class_count, load_data
 from .backbones import load_backbone
+from .finetuning import apply_finetuned
 from .cells import KINDS, Cell, Kind, as_tuples, code_of
 from .fingerprints import canonical, read_json
 from .inception import inception_features, load_inception
@@ -216,7 +217,7 @@ class Finetune(Kind):
 
     def summary_of(self, value): return f"{value['numbers']:,} weights"
 
-# %% ../nbs/42_work.ipynb #a2ce55b1
+# %% ../nbs/42_work.ipynb #0fc5fe9b
 @KINDS.register("distill")
 class Distill(Kind):
     "A distilled set, as `ddkit.methods.distill` writes it."
@@ -241,7 +242,8 @@ class Distill(Kind):
 
     def functions_of(self, cell):
         method = get_method(cell.method)
-        return [maker_of(method), *(part.recipe for part in method.parts or (method,))]
+        recipes = [part.recipe for part in method.parts or (method,)]
+        return [maker_of(method), *recipes, *([apply_finetuned] if method.finetuned else [])]
 
     def resolved_of(self, cell):
         method = get_method(cell.method)
@@ -266,7 +268,8 @@ def set_workshop(cell, session) -> Workshop:
     prepared |= {"judge": network_weights(session, up) for up in cell.inputs if up.is_full}
     latents = [up for up in cell.inputs if up.kind == "encode"]
     return Workshop(cell.profile, cell.ipc, cell.seed, latents=session.load(latents[0])[0] if latents else None,
-                    prepared=prepared, finetuned=cell.values["finetuned"], declared=tuple(prepared), once=session.once)
+                    prepared=prepared, finetuned=cell.values["finetuned"], declared=tuple(prepared), once=session.once,
+                    tune=cell.functions[-1] if cell.values["finetuned"] else None)
 
 # %% ../nbs/42_work.ipynb #b1a4f3f8
 def network_weights(session, cell) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'anew', 'Workshop', 'mode_options', 'encode_training_set', 'Plan', 'as_plan', 'sample_plan', 'generate',
            'image_batches', 'sampling_steps']
 
-# %% ../nbs/31_workshop.ipynb #3d1d4674
+# %% ../nbs/31_workshop.ipynb #7021ddbe
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from .images import RealData
 from .data import load_data
 from .backbones import Backbone, load_backbone
-from .finetuning import apply_finetuned
 from .guidance import Guidance, SumGuidance, rows_of
 from .judges import Classifier, judge_from_file, judge_from_weights
 from .modes import MODES, check_points, discover_modes
@@ -29,7 +28,7 @@ from .sampling import Step, sample, sample_all
 from .selection import random_images, select
 from .training import half_precision
 
-# %% ../nbs/31_workshop.ipynb #b2feef2b
+# %% ../nbs/31_workshop.ipynb #9de8a0c1
 Weights = dict[str, torch.Tensor]  # name → tensor, as safetensors keep them
 
 
@@ -51,14 +50,16 @@ class Workshop:
         latents: torch.Tensor | None = None,  # of the training images, if already encoded
         backbone: Backbone | None = None,  # the profile's generator, if already loaded
         prepared: dict[str, Weights] | None = None,  # what was prepared before, by name
-        finetuned: str = "",  # the preparation whose weights the generator takes
+        finetuned: str = "",  # the preparation whose weights the generator takes, by
+        tune: Callable[[Backbone, Weights], Backbone] | None = None,
         declared: tuple[str, ...] | None = None,  # preparations that the method says it needs; None: any
         prepare: Callable[[str, "Workshop"], Weights] | None = None,  # makes what was not prepared before
         once: Callable = anew,  # (function, profile) → what it makes; a session's keeps it for the next set
     ):
         self.profile, self.ipc, self.seed = profile, ipc, seed
         self._data, self._latents, self._loaded, self._prepared = data, latents, backbone, dict(prepared or {})
-        self.finetuned, self.declared, self._prepare, self._once = finetuned, declared, prepare, once
+        self.finetuned, self._tune, self.declared = finetuned, tune, declared
+        self._prepare, self._once = prepare, once
 
     @cached_property
     def data(self) -> RealData:
@@ -72,8 +73,8 @@ class Workshop:
     @cached_property
     def backbone(self) -> Backbone:
         "The generator, with fine-tuned weights where the method has them."
-        return apply_finetuned(self.plain_backbone,
-                               self.prepared(self.finetuned)) if self.finetuned else self.plain_backbone
+        if not self.finetuned: return self.plain_backbone
+        return self._tune(self.plain_backbone, self.prepared(self.finetuned))
 
     @cached_property
     def latents(self) -> torch.Tensor:

@@ -199,6 +199,38 @@ def test_a_plugin_counts_as_a_whole_with_what_it_imports(tmp_path, monkeypatch):
     assert key("a", text.replace("make(3)", "make(4)")) != same[0]
 
 
+@pytest.mark.parametrize("generator, network", [("stable-diffusion", "PromptedUNet"), ("latent-diffusion", "LabelledUNet")])
+def test_methods_that_a_library_calls_back_count(generator, network):
+    """`forward` of a class whose grandparent is PyTorch's, and of a user's network on top of one of the kit's."""
+    cell = distill_cell(SMOKE.replace(generator=generator, weights="weights"), "dit", 2)
+    assert f"ddkit.denoisers.{network}.forward" in code_of(cell).definitions
+    assert key_with_an_edit(cell, f"ddkit.denoisers.{network}.forward") != cell.key
+
+
+def test_what_ships_with_the_kit_counts_by_content(monkeypatch):
+    cell = distill_cell(SMOKE, "dit", 2)
+    assert {"embedded_dit.safetensors", "embedded_vae.safetensors"} <= set(cell.identity["assets"])
+    monkeypatch.setattr("ddkit.cells.weights_digest", lambda path: "other weights")
+    assert distill_cell(SMOKE, "dit", 2).key != cell.key
+    assert "class_lists.csv" in distill_cell(SMOKE.replace(dataset="imagefolder", classes="imagewoof", generator="dit"), "dit", 2).identity["assets"]
+
+
+def test_a_library_under_the_same_alias_is_other_code(monkeypatch):
+    before, read = distill_cell(SMOKE, "mgd3", 2).key, code.module_source
+    monkeypatch.setattr(code, "module_source", lambda name: read(name).replace("import torch.nn.functional as F", "import torch as F"))
+    code.forget_sources()
+    try: assert distill_cell(SMOKE, "mgd3", 2).key != before
+    finally:
+        monkeypatch.undo()
+        code.forget_sources()
+
+
+def test_options_that_name_registered_things_count_with_their_code():
+    """A protocol's line that names an augmentation opens its door, for whoever trains by that protocol."""
+    cell = finetune_cell(SMOKE.replace(**{"hard.augmentations.convnet6": ("crop", "randaugment")}), "surrogate")
+    assert ("augmentation", "randaugment") in code_of(cell).entries
+
+
 def test_weights_count_by_content(tmp_path):
     def key(path, content):
         path.parent.mkdir(exist_ok=True)
