@@ -84,7 +84,7 @@ def test_an_image_on_the_rim_of_a_ball_is_outside_whatever_the_rounding(monkeypa
     exact = ((distances[:, ::9] < radii[:, None]).any(1)).double().mean()
     assert (distances[:, ::9] == radii[:, None]).any()
     for numbers in (2**24, 3000, 700):
-        monkeypatch.setattr(metrics, "_NUMBERS", numbers)
+        monkeypatch.setattr("ddkit.points.BLOCK", numbers)
         assert metrics.coverage(real, coreset) == float(exact)
 
 
