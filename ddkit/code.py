@@ -190,7 +190,7 @@ class Reached:
     assets: tuple[str, ...]  # files that ship with the kit and are named in the code, sorted
     options: tuple[tuple, ...] = ()  # (entry, (option, value) …) for what the profile says of an entry
 
-# %% ../nbs/08_code.ipynb #e66c026d
+# %% ../nbs/08_code.ipynb #334c515b
 # its values count where they are read, not what else it holds
 _PROFILE = Definition(Profile.__module__, Profile.__qualname__)
 _HERE = "ddkit.code"  # what finds names decides no result
@@ -217,6 +217,7 @@ class _Walk:
         self.words, self.attributes, self.reads = set(words), set(), set()
         self.found, self.plain, self.registries, self.entries, self.classes = {}, set(), [], {}, {}
         self.modules = set()  # of users, that count as a whole
+        self.opened = set()  # functions whose closures were looked at, by `id`: they outlive the walk
         self.names = _registered_names()
         for function in functions: self._object(function)
         while self._open_doors() or self._ask_methods(): pass
@@ -288,11 +289,12 @@ class _Walk:
 
     def _closed_over(self, value):
         "What a function holds of the call that made it."
+        if id(value) in self.opened: return  # two functions may hold each other
+        self.opened.add(id(value))
         names = getattr(getattr(value, "__code__", None), "co_freevars", ())
         for name, cell in zip(names, getattr(value, "__closure__", None) or ()):
             try: held = cell.cell_contents
             except ValueError: continue  # not filled yet
-            if held is value: continue
             if callable(held) and hasattr(held, "__qualname__"): self._object(held)
             else: self._value(name, held)
 

@@ -111,7 +111,7 @@ class Entry:
         "Where it came from, for a reader: a module, or a file."
         return self.plugin or self.function.__module__
 
-# %% ../nbs/00_registry.ipynb #126c52f0
+# %% ../nbs/00_registry.ipynb #cfe0eeab
 class Registry(Mapping):
     "Name → thing, in the order of registration. What plugins registered is there while they are in use."
     everywhere: list["Registry"] = []  # all registries
@@ -134,10 +134,10 @@ class Registry(Mapping):
 
         `ValueError` for a name that cannot be, or that another function has."""
         check_name(self.kind, name)
-        if not hasattr(value if function is None else function, "__qualname__"):
-            raise ValueError(f"{self.kind} {name!r}: a function or a class is wanted, not a "
-                             f"{type(value).__name__}; wrap it into a function")
         function, plugin = value if function is None else function, _importing.get()
+        if not hasattr(function, "__qualname__"):
+            raise ValueError(f"{self.kind} {name!r}: a function or a class is wanted, not a "
+                             f"{type(function).__name__}; wrap it into a function")
         for known in self._rivals(name, plugin):
             if not is_redefinition(function, known.function):
                 raise ValueError(f"{self.kind} {name!r} exists already (from {known.origin}); choose another name")

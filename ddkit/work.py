@@ -9,7 +9,7 @@ __all__ = ['TEACHING', 'SET_FEATURES', 'encode_cell', 'finetune_cell', 'distill_
            'scores_of', 'score_values', 'evaluate_in_company', 'in_company', 'judge_features_of',
            'inception_features_of', 'denoiser_features_of', 'Features', 'Measure']
 
-# %% ../nbs/42_work.ipynb #65428554
+# %% ../nbs/42_work.ipynb #ba1c10c6
 import os
 import shutil
 import time
@@ -38,8 +38,7 @@ from .profiles import Profile, Training, torch_device
 from .protocols import PROTOCOLS, TEACHER_PROTOCOL, epochs_for, teacher_from_file, teacher_from_weights
 from .protocols import train_and_test, training_values
 from .recipes import METHODS, PREPARATIONS, ResolvedRecipe, get_method, preparation_inputs
-from .recipes import resolved_preparation
-from .recipes import resolved_recipes, run_preparation
+from .recipes import resolved_preparation, resolved_recipes, run_preparation
 from .registry import Registry
 from .sets import load_distilled, save_distilled
 from .workshop import Workshop, encode_training_set

@@ -28,7 +28,7 @@ from .sampling import Step, sample, sample_all
 from .selection import random_images, select
 from .training import half_precision
 
-# %% ../nbs/31_workshop.ipynb #9de8a0c1
+# %% ../nbs/31_workshop.ipynb #34b1d2e1
 Weights = dict[str, torch.Tensor]  # name → tensor, as safetensors keep them
 
 
@@ -50,8 +50,8 @@ class Workshop:
         latents: torch.Tensor | None = None,  # of the training images, if already encoded
         backbone: Backbone | None = None,  # the profile's generator, if already loaded
         prepared: dict[str, Weights] | None = None,  # what was prepared before, by name
-        finetuned: str = "",  # the preparation whose weights the generator takes, by
-        tune: Callable[[Backbone, Weights], Backbone] | None = None,
+        finetuned: str = "",  # the preparation whose weights the generator takes
+        tune: Callable[[Backbone, Weights], Backbone] | None = None,  # gives it those weights
         declared: tuple[str, ...] | None = None,  # preparations that the method says it needs; None: any
         prepare: Callable[[str, "Workshop"], Weights] | None = None,  # makes what was not prepared before
         once: Callable = anew,  # (function, profile) → what it makes; a session's keeps it for the next set
