@@ -36,13 +36,25 @@ def _is_followed(module: str) -> bool: return module.split(".")[0] == "ddkit" or
 @functools.cache
 def _is_users(module: str) -> bool:
     "Whether a module is a user's own, neither the kit's nor installed. Such a one is imported if it was not yet."
-    if module.split(".")[0] in ("ddkit", "__main__"): return False
-    try: spec = getattr(sys.modules.get(module), "__spec__", None) or importlib.util.find_spec(module)
-    except (ImportError, ValueError): return False  # no module, but a name in one
-    file = getattr(spec, "origin", None) or ""
-    if not file.endswith(".py") or str(Path(file).resolve()).startswith(_INSTALLED): return False
+    package = module.split(".")[0]
+    # to look for a name in a package imports the package, and an installed one can take seconds
+    if package in ("ddkit", "__main__") or _is_installed(_spec(package)): return False
+    spec = _spec(module)
+    if not (getattr(spec, "origin", None) or "").endswith(".py") or _is_installed(spec): return False
     if module not in sys.modules: importlib.import_module(module)
     return True
+
+
+def _spec(module: str):
+    "Where a module comes from; None for what is no module, but a name in one."
+    try: return getattr(sys.modules.get(module), "__spec__", None) or importlib.util.find_spec(module)
+    except (ImportError, ValueError): return None
+
+
+def _is_installed(spec) -> bool:
+    "Whether a module belongs to Python or to an installed package."
+    places = [spec.origin] if spec and spec.has_location else [*(getattr(spec, "submodule_search_locations", None) or ())]
+    return bool(places) and all(str(Path(place).resolve()).startswith(_INSTALLED) for place in places)
 
 # %% ../nbs/08_code.ipynb #3a95224a
 def module_source(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIGITS_TEST', 'DIGITS_SPLIT_SEED', 'DATASETS', 'load_digits_data', 'load_folder_data', 'Dataset', 'Digits',
-           'ImageFolder', 'load_data', 'class_count', 'survey']
+           'ImageFolder', 'load_data', 'with_limit', 'class_count', 'survey']
 
 # %% ../nbs/06_data.ipynb #d360a338
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -127,8 +127,21 @@ class ImageFolder(Dataset):
 def load_data(
     profile: Profile,
 ) -> RealData:
-    "The real data that a profile asks for. Errors name the folder or file that is missing, empty or no image."
-    return DATASETS[profile.dataset](profile).load()
+    """The real data that a profile asks for: all of it, or the first `per_class` images of each class.
+
+    Errors name the folder or file that is missing, empty or no image."""
+    data = DATASETS[profile.dataset](profile).load()
+    if not profile.per_class: return data
+    few = {split: getattr(data, split).first_of_each(profile.per_class) for split in ("train", "test")}
+    return replace(data, **few, archive=with_limit(data.archive, profile))
+
+
+def with_limit(
+    text: str,  # about all of the data
+    profile: Profile,
+) -> str:
+    "What is said of the data, and how much of it the profile uses."
+    return text if not profile.per_class else f"{text}, of each class the first {profile.per_class}"
 
 # %% ../nbs/06_data.ipynb #fef03883
 def class_count(
@@ -144,4 +157,4 @@ def survey(
     """The real data in a line: archive, classes and their order, images.
 
     Raises the errors of `load_data`, except for files that do not decode."""
-    return DATASETS[profile.dataset](profile).survey()
+    return with_limit(DATASETS[profile.dataset](profile).survey(), profile)

@@ -72,6 +72,11 @@ class ImageSet:
         "Indices of one class's images, in order; empty for a class that has none."
         return self._members[label] if 0 <= label < len(self._members) else torch.empty(0, dtype=torch.int64)
 
+    def first_of_each(self, count: int) -> "ImageSet":
+        "The first `count` images of each class (all of a class that has fewer), in the order of the set."
+        rows = torch.cat([members[:count] for members in self._members]).sort().values
+        return ImageSet(self.pixels[rows], self.labels[rows])
+
 # %% ../nbs/03_images.ipynb #e6be42f8
 @dataclass(frozen=True, eq=False)
 class RealData:

@@ -45,6 +45,7 @@ class Profile:
     root: str = _file()  # folder of the dataset; empty for embedded data
     cache: str = _how("")  # folder for decoded images; empty: `decoded` in the runs folder
     classes: str = ""  # name of a class list; empty: every class that the data has
+    per_class: int = 0  # images of each class that are used, the first in training and test set; 0: all
     plugins: tuple[str, ...] = _how(())  # files with methods, protocols, metrics of your own, relative to settings.ini
     # generator
     generator: str = "embedded"  # "embedded", "dit", "stable-diffusion" or "latent-diffusion" (class-conditional)
@@ -175,6 +176,7 @@ def _checked(key: str, value, where: str, types: dict = _TYPES):
     if key in FILES | {"cache"}: out = os.path.expanduser(out.strip("\"'"))  # as a shell would read it
     if key in _CHOICES and out not in _CHOICES[key]: nearest_name(f"{key} of {where}:", out, _CHOICES[key])
     if key in _POSITIVE and not out > 0: raise ValueError(f"{where}: {key} = {value!r} must be above 0")
+    if key == "per_class" and out < 0: raise ValueError(f"{where}: per_class = {value!r} must be above 0, or 0 for all")
     if key in ("epochs", "full_epochs") and out is not None and out < 1:
         raise ValueError(f"{where}: {key} = {value!r} must be at least 1, or auto")
     if key == "features":

@@ -18,7 +18,7 @@ import torch
 import ddkit
 from .images import ImageSet, to_pixels
 from .folders import archive
-from .data import class_count, load_data
+from .data import class_count, load_data, with_limit
 from .cells import Cell
 from .fingerprints import data_fingerprint, generator_digest, remembered, weights_digest
 from .metrics import measure
@@ -70,10 +70,11 @@ def describe(profile: Profile) -> dict:
 # %% ../nbs/44_runs.ipynb #6d57a634
 def archive_of(profile: Profile) -> str:
     "Which archive the real data is; remembered as long as the files stay the same."
-    if profile.dataset == "digits": return "scikit-learn digits"
+    if profile.dataset == "digits": return with_limit("scikit-learn digits", profile)
     if not profile.root or not Path(profile.root).is_dir(): return "missing"
-    return remembered(f"archive {Path(profile.root).resolve()} {profile.classes}", data_fingerprint(profile),
-                      lambda: archive(profile.root, profile.classes))
+    found = remembered(f"archive {Path(profile.root).resolve()} {profile.classes}", data_fingerprint(profile),
+                       lambda: archive(profile.root, profile.classes))
+    return with_limit(found, profile)
 
 # %% ../nbs/44_runs.ipynb #39165f84
 def results(
