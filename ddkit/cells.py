@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .code import reached
-from .fingerprints import digest, field_value, weights_digest
+from .files import digest
+from .fingerprints import field_value, weights_digest
 from .plugins import plugins_of
 from .profiles import HOW, SHIPPED, Profile
 from .registry import Registry

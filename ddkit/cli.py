@@ -26,6 +26,7 @@ from typing import Annotated, Optional
 import typer
 
 import ddkit
+from .files import short_path
 from .plugins import plugins_of
 from .profiles import SHIPPED, load_profile, profile_names, project_root, resolve_options
 from .registry import nearest_name
@@ -400,7 +401,6 @@ def run(
 ) -> None:
     "Execute a notebook with other parameters. It computes the cells that the store lacks, one after another."
     from ddkit.papermilling import NotebookError, check_parameters, run_notebook
-    from ddkit.plans import short_path
     store = _store(runs_)
     parameters = {name: plain_value(value) for name, _, value in (pair.partition("=") for pair in parameter or [])}
     check_parameters(notebook, parameters)
@@ -502,7 +502,6 @@ def _write_indexes(profile: str) -> None:
 
 def _nothing_to_do(plan, store, write: bool) -> None:
     from ddkit.folders import counted
-    from ddkit.plans import short_path
     if write: _write_indexes(plan.profile)
     print(f"Nothing to do: {counted(plan.artefacts, 'artefact')} up to date, "
           f"{counted(plan.cells, 'cell')} in {short_path(store.root)}.")
@@ -522,7 +521,7 @@ def _list_work(plan, store, workers: int) -> None:
 
 def _print_artefacts(plan) -> None:
     "Where the files are: one line for all formats of a table or figure."
-    from ddkit.plans import artefact_files, short_path
+    from ddkit.plans import artefact_files
     for artefact in plan.artefacts:
         endings: dict[Path, list] = {}
         for path in artefact_files(artefact, plan.profile):
@@ -538,7 +537,7 @@ def status(
     runs_: RunsOption = None,
 ) -> None:
     "What the store holds, and which tables and figures are up to date."
-    from ddkit.plans import make_plan, short_path
+    from ddkit.plans import make_plan
     from ddkit.store import problem
     store = _store(runs_)
     print(f"store {short_path(store.root)}")
@@ -567,7 +566,6 @@ def _contents(records: list[dict]) -> list[tuple[str, ...]]:
 def _leftovers(root: Path) -> list[str]:
     "What is half made."
     from ddkit.folders import counted
-    from ddkit.plans import short_path
     half, lines = list((root / "partial").glob("*/latents.npy")), []
     if half:
         size = sum(p.stat().st_size for p in half) / 2**30

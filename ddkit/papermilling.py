@@ -16,7 +16,7 @@ import nbformat
 import papermill
 
 from .facts import bare_code
-from .fingerprints import canonical, read_json
+from .files import canonical, read_json
 from .profiles import project_root
 from .registry import nearest_name
 

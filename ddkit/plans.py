@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['START_SECONDS', 'SHORT', 'NOTEBOOK_SECONDS', 'notebook_path', 'artefact_files', 'stamp_path', 'library_files',
-           'library_code', 'artefact_inputs', 'out_of_date', 'short_path', 'WorkPlan', 'make_plan', 'Bundle', 'bundles',
-           'plan_file']
+           'library_code', 'artefact_inputs', 'out_of_date', 'WorkPlan', 'make_plan', 'Bundle', 'bundles', 'plan_file']
 
-# %% ../nbs/61_plans.ipynb #66294219
+# %% ../nbs/61_plans.ipynb #3806e0dc
 import functools
 import sys
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import ddkit
 from . import papers
 from .cells import KINDS, Cell
 from .facts import bare_code
-from .fingerprints import digest, file_sha256, read_json, write_json
+from .files import digest, file_sha256, read_json, short_path, write_json
 from .papermilling import notebook_code
 from .profiles import project_root
 from .runs import describe, estimate, history
@@ -41,8 +40,8 @@ def stamp_path(artefact, profile: str, store: Store) -> Path:
     "Where an artefact's stamp lies."
     return store.root / "artefacts" / profile / artefact.paper / f"{artefact.id}.json"
 
-# %% ../nbs/61_plans.ipynb #d1199ba5
-_ABOVE = ("plans", "engine", "cli")
+# %% ../nbs/61_plans.ipynb #4d9d82b8
+_ABOVE = ("workers", "plans", "engine", "cli")
 
 
 def library_files() -> list[Path]:
@@ -71,7 +70,7 @@ def artefact_inputs(
         "reported": {path.name: file_sha256(path) for path in reported if path.is_file()},
     })
 
-# %% ../nbs/61_plans.ipynb #66b81f2f
+# %% ../nbs/61_plans.ipynb #6dc9243e
 def out_of_date(
     artefact,
     cells: list[Cell],
@@ -86,12 +85,6 @@ def out_of_date(
         if not path.is_file(): return f"{short_path(path)} is missing"
         if stamp["outputs"].get(path.name) != file_sha256(path): return f"{short_path(path)} was changed"
     return None
-
-
-def short_path(path: str | Path) -> str:
-    "A path as one would type it here."
-    path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 # %% ../nbs/61_plans.ipynb #0e1c93fd
 @dataclass
@@ -277,7 +270,7 @@ def _ways_to_the_end(packs: list[Bundle]) -> dict[str, float]:
         return seconds[name] + max(map(way, after), default=0.0)
     return {pack.name: way(pack.name) for pack in packs}
 
-# %% ../nbs/61_plans.ipynb #8ca9302d
+# %% ../nbs/61_plans.ipynb #ee606208
 def _bundle_entry(pack: Bundle, store: Store, priority: float) -> dict:
     own = {cell.key for cell in pack.cells}
     return {"name": pack.name, "cells": [cell.to_dict() for cell in pack.cells], "priority": int(priority),
@@ -287,8 +280,11 @@ def _bundle_entry(pack: Bundle, store: Store, priority: float) -> dict:
 
 def _artefact_entry(artefact, plan: WorkPlan, store: Store) -> dict:
     cells, todo = plan.needs[artefact.name], {cell.key for cell in plan.todo}
+    inputs = artefact_inputs(artefact, papers.cells(artefact, plan.profile), plan.profile)
+    executed = store.root / "notebooks" / plan.profile / artefact.paper / Path(artefact.notebook).name
     return {"name": artefact.name, "notebook": str(notebook_path(artefact)), "gpu": _wants_gpu(cells),
-            "library": [str(path) for path in library_files()],
+            "library": [str(path) for path in library_files()], "inputs": inputs, "executed": str(executed),
+            "files": [str(path) for path in artefact_files(artefact, plan.profile)],
             "needs": sorted({_inside(store, cell) for cell in cells if cell.key in todo}),
             "stamp": stamp_path(artefact, plan.profile, store).relative_to(store.root).as_posix()}
 

@@ -27,7 +27,8 @@ from threadpoolctl import threadpool_limits
 import ddkit
 from .cells import KINDS, Cell, kind_of
 from .code import reached
-from .fingerprints import digest, field_value, file_sha256, read_json, write_json
+from .files import digest, file_sha256, named_lock, read_json, write_json
+from .fingerprints import field_value
 from .plugins import plugins_of
 from .profiles import Profile, runs_root, torch_device
 from .work import evaluate_in_company
@@ -197,11 +198,7 @@ class Store:
 
     def lock(self, cell: Cell) -> filelock.BaseFileLock:
         "The lock that whoever computes the cell holds."
-        return self.lock_named(f"{cell.kind}-{cell.key}")
-
-    def lock_named(self, name: str) -> filelock.BaseFileLock:
-        (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(self.root / "locks" / f"{name}.lock")
+        return named_lock(self.root, f"{cell.kind}-{cell.key}")
 
     def _keep_or_compute(self, cell: Cell, wrong: str | None, given: tuple[dict, float] | None = None) -> None:
         """Called with the lock held: nothing if the cell is intact.
@@ -224,7 +221,7 @@ class Store:
         "Remove what killed processes left under temporary names; returns the names. Work in progress is left alone."
         swept = []
         for folder in (self.root / "tmp").glob("*"):
-            with contextlib.suppress(filelock.Timeout), self.lock_named(folder.name).acquire(timeout=0):
+            with contextlib.suppress(filelock.Timeout), named_lock(self.root, folder.name).acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
                 swept.append(folder.name)
         return swept

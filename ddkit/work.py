@@ -26,7 +26,7 @@ from .data import class_count, load_data
 from .backbones import load_backbone
 from .finetuning import apply_finetuned
 from .cells import KINDS, Cell, Kind, as_tuples, code_of
-from .fingerprints import canonical, read_json
+from .files import canonical, read_json
 from .inception import inception_features, load_inception
 from .judges import judge_from_file, judge_from_weights
 from .methods import check_choices, maker_of, set_manifest

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ddkit.engine import first_free, gpu_slot
+from ddkit.files import named_lock
 from ddkit.store import Store, problem
+from ddkit.workers import first_free, gpu_slot
 
 ROOT = Path(__file__).resolve().parent.parent
 DDKIT = Path(sys.executable).parent / "ddkit"
@@ -222,7 +223,7 @@ def test_outside_a_checkout_it_says_so(project, tmp_path):
 @pytest.mark.slow
 def test_a_second_head_waits_for_the_first(project):
     project.drop_a_measurement()
-    with Store(project.runs).lock_named("engine"):
+    with named_lock(project.runs, "engine"):
         head = project.start("--profile", "tiny")
         assert head.stdout.readline().startswith("another `ddkit reproduce` works on this store")
         time.sleep(0.5)
@@ -234,13 +235,13 @@ def test_a_second_head_waits_for_the_first(project):
 def test_each_worker_gets_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("DDKIT_GPUS", "4,7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    store, seen = Store(tmp_path), []
-    with gpu_slot(store):
+    seen = []
+    with gpu_slot(tmp_path):
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        with gpu_slot(store):
+        with gpu_slot(tmp_path):
             seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-            assert first_free(store, ["4", "7"]) is None  # a third would wait
-    with gpu_slot(store): seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            assert first_free(tmp_path, ["4", "7"]) is None  # a third would wait
+    with gpu_slot(tmp_path): seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["4", "7", "4"]
     monkeypatch.delenv("DDKIT_GPUS")
-    with gpu_slot(store): pass  # without the variable nothing is chosen
+    with gpu_slot(tmp_path): pass  # without the variable nothing is chosen

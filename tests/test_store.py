@@ -15,7 +15,8 @@ import ddkit
 from ddkit import backbones, fingerprints, runs
 from ddkit import store as stores
 from ddkit.facts import bare_code
-from ddkit.fingerprints import canonical, weights_digest
+from ddkit.files import canonical
+from ddkit.fingerprints import weights_digest
 from ddkit.profiles import load_profile
 from ddkit.store import Store
 from ddkit.work import Distill, distill_cell, encode_cell, evaluate_cell, features_cell, in_company, measure_cell
