@@ -53,7 +53,8 @@ def _spec(module: str):
 
 def _is_installed(spec) -> bool:
     "Whether a module belongs to Python or to an installed package."
-    places = [spec.origin] if spec and spec.has_location else [*(getattr(spec, "submodule_search_locations", None) or ())]
+    if spec is None: return False
+    places = [spec.origin] if spec.has_location else spec.submodule_search_locations or []
     return bool(places) and all(str(Path(place).resolve()).startswith(_INSTALLED) for place in places)
 
 # %% ../nbs/08_code.ipynb #3a95224a

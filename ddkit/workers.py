@@ -93,7 +93,8 @@ def _make(entry: dict, profile: str) -> None:
     started, made = time.time(), [Path(file) for file in entry["files"]]
     run_notebook(entry["notebook"], {"profile": profile}, entry["executed"])
     if lacking := [path for path in made if not path.is_file() or path.stat().st_mtime < started - 2]:
-        raise NotebookError(f"{short_path(entry['notebook'])} ran to its end but did not write {short_path(lacking[0])}")
+        raise NotebookError(f"{short_path(entry['notebook'])} ran to its end but did not write "
+                            f"{short_path(lacking[0])}")
     digests = {path.name: file_sha256(path) for path in made}
     write_json(runs_root() / entry["stamp"],
                {"inputs": entry["inputs"], "outputs": digests, "seconds": round(time.time() - started, 2)})

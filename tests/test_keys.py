@@ -18,7 +18,7 @@ from ddkit.work import distill_cell, encode_cell, evaluate_cell, features_cell, 
 SMOKE = load_profile("smoke")
 KIT = Path(ddkit.__file__).resolve().parent
 # what finds names, keeps cells and hands results over decides none of them
-MACHINERY = {"registry", "plugins", "facts", "code", "fingerprints", "cells", "store"}
+MACHINERY = {"registry", "plugins", "facts", "code", "files", "fingerprints", "cells", "store"}
 
 FEW = [  # every kind
     encode_cell(SMOKE), finetune_cell(SMOKE, "surrogate"), *(distill_cell(SMOKE, method, 2) for method in ("random", "manifoldgd", "mgd3 + dap")),

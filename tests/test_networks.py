@@ -44,7 +44,7 @@ def test_published_networks_pass_an_image_of_their_size(name):
     assert features.ndim == 2 and logits.shape == (1, 10) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "vitb16")) for name in network_names()])
 def test_networks_learn_a_few_digits(name):
     digits = load_digits_data().train
     images, labels = digits.images[:40], digits.labels[:40]
