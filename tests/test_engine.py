@@ -166,7 +166,6 @@ def test_damage_is_repaired_and_the_bytes_stay(project):
     assert artefact_bytes(project) == figures
 
 
-@pytest.mark.slow
 def test_a_changed_artefact_is_made_again(project):
     figures = artefact_bytes(project)
     (project.root / "figures/tiny/manifoldgd/fig4.png").write_bytes(b"painted over")
@@ -182,7 +181,6 @@ def test_artefacts_without_a_store_do_not_count(project):
     assert code == 0 and "1 to make" in out and "33 to compute" in out
 
 
-@pytest.mark.slow
 def test_snakemake_by_hand(project):
     project.drop_a_measurement()
     command = [Path(sys.executable).parent / "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2", "--keep-incomplete", "--config", "profile=tiny", "only=fig4"]
@@ -220,7 +218,6 @@ def test_outside_a_checkout_it_says_so(project, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["settings.ini"]
 
 
-@pytest.mark.slow
 def test_a_second_head_waits_for_the_first(project):
     project.drop_a_measurement()
     with named_lock(project.runs, "engine"):
