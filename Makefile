@@ -27,7 +27,7 @@ test: $(READY)
 
 test-slow: $(READY)
 	for notebook in $$(grep -l '"#| slow' nbs/*.ipynb); do $(BIN)/nbdev-test --flags slow $$notebook || exit 1; done
-	$(BIN)/python -m pytest -q --durations 10 -n $(WORKERS) -m slow tests
+	$(BIN)/python -m pytest -q --durations 10 -n $(WORKERS) --dist loadfile -m slow tests
 
 bench: $(READY)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
