@@ -21,14 +21,18 @@ from .folders import counted, imagenet_indices
 from .images import RealData
 from .inception import inception_weights, load_inception
 from .judges import judge_from_file
-from .methods import check_choices
+from .methods import PREPARATIONS, check_choices, get_method, method_names, resolved_recipes
 from .plugins import plugins_of
 from .profiles import Profile, torch_device
-from .protocols import teacher_from_file
+from .protocols import protocol_names, teacher_from_file, training_values
+from .recipes import resolved_preparation
 
 # %% ../nbs/46_checks.ipynb #25945651
 def look_at_options(profile: Profile) -> str:
     check_choices(profile)
+    for name in method_names(): resolved_recipes(get_method(name), profile)
+    for name in PREPARATIONS: resolved_preparation(name, profile)
+    for name in protocol_names(): training_values(profile, name, profile.ipcs[0], class_count(profile))
     return f"{counted(profile.options, 'line')}, each of them read by something"
 
 

@@ -71,16 +71,16 @@ def artefact(
 # %% ../nbs/60_papers.ipynb #cc61c5d0
 def select(
     paper: str | None = None,  # None: all papers
-    only: Iterable[str] | None = None,  # ids like "table1"; None: all of the paper's
+    only: Iterable[str] | None = None,  # "table1" or "manifoldgd/table1"; None: all of the paper's
 ) -> list[Artefact]:
     "The wanted tables and figures in the papers' order; unknown names raise `ValueError` with the nearest one."
     papers = sorted({a.paper for a in _ARTEFACTS.values()})
     if paper is not None and paper not in papers: nearest_name("paper", paper, papers)
     found = [a for a in _ARTEFACTS.values() if paper in (None, a.paper)]
     if only is None: return found
-    ids, only = {a.id for a in found}, set(only)
-    for id in sorted(only - ids): nearest_name("table or figure", id, sorted(ids))
-    return [a for a in found if a.id in only]
+    only, ids = set(only), {a.id for a in found}
+    for id in sorted(only - ids - {a.name for a in found}): nearest_name("table or figure", id, sorted(ids))
+    return [a for a in found if only & {a.id, a.name}]
 
 
 def get_artefact(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .facts import bare_code
 from .profiles import Profile, find_settings
 from .registry import importing, plugins_in_use
 
@@ -24,9 +25,24 @@ def _plugin_file(plugin: str, profile: Profile) -> Path:
     return path.resolve()
 
 
+_imported: dict[str, str] = {}  # module → its source, as it was imported
+
+
+def _same_code(before: str, now: str) -> bool:
+    "Whether two sources differ in comments and layout at most."
+    if before == now: return True
+    try: return bare_code(before) == bare_code(now)
+    except SyntaxError: return False
+
+
 def _import_once(file: Path, plugin: str, profile: Profile) -> None:
     name = f"ddkit_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules: return
+    if name in sys.modules:
+        if _same_code(_imported[name], file.read_text(encoding="utf-8")): return
+        raise ValueError(f"plugin {plugin!r} of profile {profile.name!r} was edited after it was imported; restart the "
+                         "kernel (what runs is still the old code)")
+    _imported[name] = file.read_text(encoding="utf-8")
+    if str(file.parent) not in sys.path: sys.path.append(str(file.parent))  # for what lies beside it
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     try:

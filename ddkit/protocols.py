@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from .registry import nearest_name, Registry
+from .registry import check_name, nearest_name, Registry
 from .profiles import check_training, Profile, profile_options, torch_device, Training, training_change
 from .images import RealData
 from .data import load_data
@@ -85,6 +85,7 @@ def protocol(
     """Register a function (profile, ipc, classes) → `Training` as a protocol.
 
     Raises `ValueError` for a name that another function has; the same function may be defined again."""
+    check_name("protocol", name)
     def register(values):
         PROTOCOLS.add(name, Protocol(name, about, source, values, dict(learning_rates or {})), values)
         return values

@@ -21,7 +21,7 @@ from .guidance import Guidance
 from .plugins import plugins_of
 from .profiles import Profile, resolve_options, signature_options
 from .protocols import train_on_real
-from .registry import Registry, nearest_name
+from .registry import Registry, check_name, nearest_name
 from .workshop import Plan, Weights, Workshop, as_plan
 
 # %% ../nbs/32_recipes.ipynb #169a1f84
@@ -68,8 +68,14 @@ def register(
     # places of the plan that it takes for itself, or "images" if it makes them without one
     fills: tuple[str, ...] = (),
 ) -> Callable[[Recipe], Recipe]:
-    "Decorator: make a recipe known under a name."
+    """Decorator: make a recipe known under a name.
+
+    `ValueError` for a name that cannot be, and for an option without a default."""
+    check_name("method", name)
     def add(recipe: Recipe) -> Recipe:
+        for option, parameter in signature_options(recipe).items():
+            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+                raise ValueError(f"option {option} of method {name!r} has no default; give it one")
         METHODS.add(name, Method(name, recipe, tuple(needs), finetuned, family, tuple(fills)), recipe)
         return recipe
     return add

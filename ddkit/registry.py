@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import re
+import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,10 +71,17 @@ def in_use_now() -> tuple[str, ...]:
 def importing(
     file: str,  # path of a plugin
 ):
-    "Within this context, what is registered belongs to this plugin."
+    """Within this context, what is registered belongs to this plugin; except for what a room of the kit registers that
+    the plugin is the first to import."""
     token = _importing.set(str(file))
     try: yield
     finally: _importing.reset(token)
+
+
+def _is_being_imported(module: str) -> bool:
+    "Whether a module of the kit is being imported just now."
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return module.split(".")[0] == "ddkit" and getattr(spec, "_initializing", False)
 
 # %% ../nbs/00_registry.ipynb #166cee24
 def _code(value):
@@ -134,10 +142,11 @@ class Registry(Mapping):
 
         `ValueError` for a name that cannot be, or that another function has."""
         check_name(self.kind, name)
-        function, plugin = value if function is None else function, _importing.get()
+        function = value if function is None else function
         if not hasattr(function, "__qualname__"):
             raise ValueError(f"{self.kind} {name!r}: a function or a class is wanted, not a "
                              f"{type(function).__name__}; wrap it into a function")
+        plugin = "" if _is_being_imported(function.__module__) else _importing.get()
         for known in self._rivals(name, plugin):
             if not is_redefinition(function, known.function):
                 raise ValueError(f"{self.kind} {name!r} exists already (from {known.origin}); choose another name")
@@ -150,7 +159,8 @@ class Registry(Mapping):
         return [e for (n, of), e in self._entries.items() if n == name and (of in ("", plugin) or not plugin)]
 
     def register(self, name: str) -> Callable:
-        "Decorator: keep a function or a class under a name."
+        "Decorator: keep a function or a class under a name; `ValueError` for a name that cannot be."
+        check_name(self.kind, name)
         return lambda function: self.add(name, function)
 
     def entry(self, name: str) -> Entry:

@@ -87,6 +87,12 @@ MISTAKES = {
     "reproduce --profile imagewoof --only fig4": "profile 'imagewoof' has no data root",
     "reproduce --profile paper --only table1": "profile 'imagenette' has no data root",
     "status --profile digitz": "unknown profile 'digitz'; did you mean 'digits'?",
+    "distill random --profile smoke --out {tmp}/out --set name=foo": "--set name: a profile's name cannot be set",
+    "distill random --profile smoke --out {tmp}/out --option seed=3": "--option seed: no method has it; write --seed",
+    "evaluate full --profile smoke --ipc 3": "--ipc is for methods, and full is none",
+    "measure {tmp}/full --profile smoke --option k=3": "--option is for methods, and",
+    "reproduce --profile smoke --only ''": "--only names nothing",
+    "reproduce --profile smoke --only manifoldgd/table99": "unknown table or figure 'manifoldgd/table99'",
 }
 
 
@@ -209,6 +215,13 @@ def test_init_writes_a_project_that_works(ddkit, tmp_path, monkeypatch):
 
 def test_the_shipped_settings_are_the_checkouts():
     assert (SHIPPED / "settings.ini").read_text() == (ROOT / "settings.ini").read_text(), "cp settings.ini ddkit/assets/"
+
+
+@pytest.mark.parametrize("command", ["methods", "methods manifoldgd", "methods 'mgd3 + dap'", "networks", "protocols", "metrics", "profiles"])
+def test_what_there_is_is_known_to_a_fresh_process(command, tmp_path):
+    """Here all rooms of the kit are imported; a command of its own imports only what it asks for."""
+    listed = subprocess.run([Path(sys.executable).parent / "ddkit", *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True)
+    assert listed.returncode == 0 and listed.stdout.count("\n") > 5, listed.stdout + listed.stderr
 
 
 # notebooks

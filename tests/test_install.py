@@ -59,6 +59,8 @@ def test_profiles_and_checks(ddkit):
 
 def test_a_project_of_ones_own(ddkit):
     assert ddkit("init", "mine").returncode == 0
+    shown = ddkit("methods", "typical", "--profile", "mine", cwd=ddkit.folder / "mine")
+    assert "typical.power of profile mine" in shown.stdout, shown.stderr  # the plugin is the first to import the kit's methods
     done = ddkit("distill", "typical", "--profile", "mine", "--ipc", "1", "--out", "X", cwd=ddkit.folder / "mine")
     assert done.returncode == 0 and done.stdout == "10 images in X\n", done.stderr
 

@@ -119,6 +119,20 @@ def test_rooms_are_small_and_lines_short(module):
     assert not long
 
 
+@pytest.mark.parametrize("module", [module_of(n) for n in LIBRARY])
+def test_rooms_define_and_register_and_do_nothing_else(module):
+    """The walk that names results reads definitions; a room that changed another's things on the way would go unseen."""
+    for node in ast.parse((ROOT / "ddkit" / f"{module}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            assert all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets), ast.unparse(node)
+        elif isinstance(node, (ast.Expr, ast.For)):
+            called = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+            names = {getattr(function, "id", getattr(function, "attr", "")) for function in called} - {""}
+            assert names <= {"register_sum", "artefact", "add"}, ast.unparse(node)
+        else: assert isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)), ast.unparse(node)
+
+
 def test_no_two_rooms_share_a_floor():
     assert len(set(FLOORS.values())) == len(FLOORS)
 
