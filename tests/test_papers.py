@@ -75,10 +75,14 @@ def test_notebook_runs_by_itself_and_gives_the_same_bytes(regenerated, artefact,
         assert (ROOT / path).read_bytes() == content, f"{path} changed in a second regeneration"
 
 
+TIMED = ("manifoldgd/fig11",)  # shows how long its cells took
+
+
 @pytest.mark.slow
 def test_the_engine_makes_the_same_files(regenerated, tmp_path):
     """`ddkit reproduce`, from an empty store; then there is nothing left to do."""
-    before = {path: (ROOT / path).read_bytes() for artefact in select() for path in outputs(artefact, "smoke")}
+    same = [artefact for artefact in select() if artefact.name not in TIMED]
+    before = {path: (ROOT / path).read_bytes() for artefact in same for path in outputs(artefact, "smoke")}
     command = [BIN / "ddkit", "reproduce", "--profile", "smoke", "--jobs", "2", "--runs", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
