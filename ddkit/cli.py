@@ -115,7 +115,6 @@ def _method_options(given: list[str] | None) -> dict:
         raise ValueError(f"--option {name}: no method has it; write --{name} if you mean the command's")
     return options
 
-
 # %% ../nbs/63_cli.ipynb #8d8d6ff7
 def _profile(name: str, changes: list[str] | None):
     "A profile with `NAME=VALUE` changes; `ValueError` for a change that reaches nobody."

@@ -5,7 +5,6 @@ papermill write the same bytes is tested with three of them, and with all of the
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
