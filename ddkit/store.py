@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -183,18 +184,15 @@ class Store:
     def load(self, cell: Cell):
         "The payload of a cell as Python objects, checked byte by byte; computed if needed."
         kind, path = kind_of(cell), self.path(cell)
-        wrong = problem(path, thorough=True, hash_only=kind.hashed_by_store)
-        if wrong is None:
-            try: return kind.load(cell, path)
-            except ValueError as error: wrong = str(error)  # it looks at its bytes itself
-        self._mend(cell, wrong)
+        if problem(path, thorough=True, hash_only=kind.hashed_by_store) is None:
+            with contextlib.suppress(ValueError): return kind.load(cell, path)  # `_mend` finds out what it stumbles over
+        self._mend(cell)
         return kind.load(cell, path)
 
-    def _mend(self, cell: Cell, wrong: str) -> None:
-        if wrong == "missing": self.compute(cell)
-        else:
-            self._ensure_inputs([cell])
-            with self.lock(cell): self._keep_or_compute(cell, wrong)
+    def _mend(self, cell: Cell) -> None:
+        "Look at every byte once the lock is held, for another process may have mended the cell; compute it if need be."
+        self._ensure_inputs([cell])
+        with self.lock(cell): self._keep_or_compute(cell, self.verify(cell))
 
     def lock(self, cell: Cell) -> filelock.BaseFileLock:
         "The lock that whoever computes the cell holds."
@@ -226,10 +224,22 @@ class Store:
                 swept.append(folder.name)
         return swept
 
+    def _folders(self) -> list[Path]:
+        return [path for kind in KINDS for path in sorted((self.root / kind).glob("*")) if path.is_dir()]
+
     def records(self) -> list[dict]:
-        "The `cell.json` of every cell in the store, with its folder as `path`."
-        found = [(p, read_json(p)) for kind in KINDS for p in sorted((self.root / kind).glob(f"*/{SUMMARY}"))]
-        return [record | {"path": path.parent} for path, record in found if record]
+        "Every `cell.json` in the store that is as it was written, with its folder as `path`."
+        found = [(folder, read_json(folder / SUMMARY)) for folder in self._folders()]
+        return [record | {"path": folder} for folder, record in found if record and _sealed(record) == record]
+
+    def damaged(
+        self,
+        thorough: bool = False,  # hash large payloads as well
+    ) -> list[tuple[str, Path, str]]:
+        "What is not as it was written: the cell as far as it still says which, its folder, what is wrong."
+        wrong = {folder: problem(folder, thorough) for folder in self._folders()}
+        return [(read_json(folder / SUMMARY).get("cell", f"{folder.parent.name} cell"), folder, why)
+                for folder, why in wrong.items() if why not in (None, "missing")]
 
 
 def _result(cell: Cell, folder: Path) -> Result:
@@ -264,12 +274,12 @@ def package_versions() -> dict[str, str]:
             "ddkit": ddkit.__version__} | {name: version(name) for name in PACKAGES}
 
 # %% ../nbs/44_store.ipynb #a5670ae8
-def _plain(value):
+def _for_json(value):
     "Tensors, tuples and numpy numbers as JSON can hold them."
     if hasattr(value, "tolist"): value = value.tolist()
-    if isinstance(value, float) and value != value: return None  # JSON has no NaN
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, float) and not math.isfinite(value): return None  # JSON has neither NaN nor infinity
+    if isinstance(value, dict): return {str(k): _for_json(v) for k, v in value.items()}
+    return [_for_json(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _compute(cell: Cell, store: Store, work: Path, given: tuple[dict, float] | None = None) -> None:
@@ -279,7 +289,7 @@ def _compute(cell: Cell, store: Store, work: Path, given: tuple[dict, float] | N
     folder.mkdir(parents=True)
     try:
         with plugins_of(cell.profile), one_thread(cell.profile):
-            value = _plain(kind.compute(cell, store.session, folder) if given is None else given[0])
+            value = _for_json(kind.compute(cell, store.session, folder) if given is None else given[0])
         if kind.payload: write_json(folder / kind.payload, value)
         seconds = time.perf_counter() - started + (given[1] if given else 0)
         write_json(folder / SUMMARY, _record(cell, folder, value, seconds))

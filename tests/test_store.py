@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,37 @@ def test_a_large_payload_is_hashed_when_it_is_loaded(store, cell, computed, monk
     assert len(computed) == 2
 
 
+def test_two_that_see_the_same_damage_compute_once(store, cell, computed, monkeypatch):
+    """The second finds the cell mended once it holds the lock, and must not throw away what the first one made."""
+    monkeypatch.setattr(stores, "SMALL", 0)
+    store.compute(cell)
+    overwrite(store.path(cell))
+    both_saw, lock = threading.Barrier(2), Store.lock
+    def after_both_saw(self, cell):
+        both_saw.wait(60)
+        return lock(self, cell)
+
+    monkeypatch.setattr(Store, "lock", after_both_saw)
+    with ThreadPoolExecutor(2) as pool, pytest.warns(UserWarning, match="another checksum") as told:
+        loaded = list(pool.map(lambda one: one.load(cell), [Store(store.root), Store(store.root)]))
+    assert loaded == [b"pixels"] * 2 and len(computed) == 2 and len(told) == 1
+
+
+def test_a_value_that_is_not_finite_is_kept_as_none(store, cell, monkeypatch):
+    """It breaks nothing after the computation, when the description is sealed."""
+    monkeypatch.setattr(Distill, "compute", lambda kind, cell, session, folder: {"images": 1, "high": float("inf"), "low": [-float("inf"), float("nan")]})
+    assert store.compute(cell).value == {"images": 1, "high": None, "low": [None, None]} and store.verify(cell) is None
+
+
+@pytest.mark.parametrize("text, told", [("{", "distill cell"), ('{"kind": "distill"}', "distill cell"), ('{"cell": "a set", "seconds": 1}', "a set")])
+def test_a_torn_description_is_listed_and_not_counted(store, cell, computed, text, told):
+    store.compute(cell)
+    (store.path(cell) / "cell.json").write_text(text)
+    (name, folder, why), = store.damaged()
+    assert name == told and folder == store.path(cell) and "cell.json" in why
+    assert store.records() == [] and runs.history(store) == {}
+
+
 def test_a_failure_leaves_nothing(store, cell, monkeypatch):
     def fails(kind, cell, session, folder):
         (folder / "half.txt").write_text("half")
@@ -216,29 +249,6 @@ def test_docstrings_are_no_code_and_numbers_are():
     assert bare_code('class A:\n    """Doc."""') == bare_code("class A: pass")
     assert bare_code("def f(x=1): return x") != bare_code("def f(x=2): return x")
     assert bare_code(SAMPLING) != bare_code(SAMPLING + "\nsteps = 3\n")
-
-
-def test_a_plugin_counts_with_its_source(tmp_path):
-    code = "from ddkit.methods import register\n@register('first')\ndef first(workshop): return helper(workshop)\ndef helper(workshop): return workshop.choose('random')  # {comment}\n"
-    def key(name, text):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "plug.py").write_text(text)
-        return distill_cell(SMOKE.replace(plugins=(str(tmp_path / name / "plug.py"),)), "first", 2).key
-
-    a, b = key("a", code.format(comment="x")), key("b", code.format(comment="y"))
-    assert a == b
-    assert key("c", code.format(comment="x").replace("'random'", "'herding'")) != a
-
-
-def test_weights_count_by_content(tmp_path):
-    def key(path, content):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-        return distill_cell(SMOKE.replace(generator="dit", weights=str(path)), "dit", 2).key
-
-    first = key(tmp_path / "a" / "dit.pt", b"weights")
-    assert key(tmp_path / "b" / "other.pt", b"weights") == first
-    assert key(tmp_path / "a" / "dit.pt", b"WEIGHTS") != first
 
 
 def test_digests_of_large_files_are_remembered(tmp_path, monkeypatch):
