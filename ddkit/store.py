@@ -190,7 +190,7 @@ class Store:
         return kind.load(cell, path)
 
     def _mend(self, cell: Cell) -> None:
-        "Look at every byte once the lock is held, for another process may have mended the cell; compute it if need be."
+        "Look at every byte with the lock held, for another process may have mended the cell; compute it if need be."
         self._ensure_inputs([cell])
         with self.lock(cell): self._keep_or_compute(cell, self.verify(cell))
 
