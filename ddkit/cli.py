@@ -47,7 +47,7 @@ def main() -> None:
     warnings.showwarning = show
     warnings.simplefilter("ignore", FutureWarning)
     try: app(args=joined_pairs(sys.argv[1:]), prog_name="ddkit")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("DDKIT_TRACEBACK"): raise
         _fail(error, 2)
 
@@ -79,7 +79,7 @@ ProfileOption = Annotated[str, typer.Option(
     "--profile", help="A section of settings.ini; `ddkit profiles` lists them.")]
 IpcOption = Annotated[int, typer.Option("--ipc", help="Images per class.")]
 MethodIpcOption = Annotated[Optional[int], typer.Option("--ipc", help="Images per class of a method.  [default: 10]")]
-SeedOption = Annotated[int, typer.Option("--seed")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0)]
 RunsOption = Annotated[Optional[Path], typer.Option(
     "--runs", envvar="DDKIT_RUNS", help="The store of finished cells; default: runs, beside settings.ini.")]
 SetOption = Annotated[Optional[list[str]], typer.Option(
@@ -129,7 +129,9 @@ def _profile(name: str, changes: list[str] | None):
 def _store(folder: Path | None):
     "The store, also for everything that this process starts or calls."
     from ddkit.store import Store
-    if folder is not None: os.environ["DDKIT_RUNS"] = str(folder.absolute())
+    if folder is not None:
+        if folder.is_file(): raise ValueError(f"--runs {folder} is a file; name a folder")
+        os.environ["DDKIT_RUNS"] = str(folder.absolute())
     return Store()
 
 
@@ -372,10 +374,31 @@ def _images_in(folder: str, profile):
     from ddkit.data import load_data
     from ddkit.decoding import decoded
     from ddkit.folders import scan_split
-    from ddkit.sets import load_distilled
-    if (Path(folder) / "manifest.json").is_file(): return load_distilled(folder)
+    if (Path(folder) / "manifest.json").is_file(): return _same_classes(_loaded(folder), profile)
     with plugins_of(profile): listing = scan_split(folder, load_data(profile).folders)
     return decoded(listing, profile.image_size, profile.channels, profile.cache or None)
+
+
+def _loaded(folder: str):
+    "A distilled set; `ValueError` for a `manifest.json` that `distill` did not write."
+    from ddkit.sets import load_distilled
+    try: return load_distilled(folder)
+    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{Path(folder) / 'manifest.json'} is not the manifest of a distilled set "
+                         f"({type(error).__name__}: {error}); distil the set again, or remove the file to have the "
+                         "images read by their class folders") from error
+
+
+def _same_classes(images, profile):
+    "The set, if its labels number the same classes as the profile's data; else `ValueError`."
+    from ddkit.data import load_data
+    mine = [c["folder"] for c in sorted(images.manifest["classes"], key=lambda c: c["label"])]
+    with plugins_of(profile): wanted = load_data(profile).folders
+    if mine == list(wanted): return images
+    at = next((i for i, (a, b) in enumerate(zip(mine, wanted)) if a != b), min(len(mine), len(wanted)))
+    has, asks = (classes[at] if at < len(classes) else "nothing" for classes in (mine, wanted))
+    raise ValueError(f"{images.path} has other classes than profile {profile.name!r}: its label {at} is {has}, the "
+                     f"profile's {asks}; name the profile that it was made for")
 
 # %% ../nbs/63_cli.ipynb #0260bb74
 @app.command(epilog="Example: ddkit measure manifoldgd --ipc 10, or: ddkit measure my-images")
@@ -414,10 +437,10 @@ def run(
     "Execute a notebook with other parameters. It computes the cells that the store lacks, one after another."
     from ddkit.papermilling import NotebookError, check_parameters, run_notebook
     store = _store(runs_)
-    parameters = {name: plain_value(value) for name, _, value in (pair.partition("=") for pair in parameter or [])}
+    parameters = {name: plain_value(value) for name, value in _pairs(parameter, "-p", "profile=smoke").items()}
     check_parameters(notebook, parameters)
     if parameters.get("profile", "paper") != "paper": load_profile(str(parameters["profile"]))  # before a kernel starts
-    if out is not None: _free(out)
+    if out is not None and out.exists(): raise ValueError(f"{out} exists; choose another --out, a file of its own")
     try: done = run_notebook(notebook, parameters, out or store.root / "notebooks" / notebook.name)
     except NotebookError as error: _fail(error, 1)
     print(f"executed: {short_path(done)}")

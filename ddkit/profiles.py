@@ -305,13 +305,27 @@ def runs_root() -> Path:
     return Path(os.environ["DDKIT_RUNS"]).absolute() if os.environ.get("DDKIT_RUNS") else project_root() / "runs"
 
 
-def _sections(text: str, source: Path) -> list[str]:
-    "The sections of a settings file; `ValueError` if it does not parse."
-    parser = configparser.RawConfigParser(inline_comment_prefixes=None)
+def _sections(text: str, source: Path) -> dict[str, list[str]]:
+    "Section → its own names, [DEFAULT] among them; `ValueError` if the file does not parse."
+    parser = configparser.RawConfigParser(default_section="", inline_comment_prefixes=None)
     try: parser.read_string(text, source=str(source))
     except configparser.Error as error:
         raise ValueError(f"{source} does not parse: {' '.join(str(error).split())}") from None
-    return parser.sections()
+    return {name: list(parser[name]) for name in parser.sections()}
+
+
+def _check_places(sections: dict[str, list[str]], source: Path, text: str, known: list[str]) -> None:
+    "`ValueError` for a profile's value in [DEFAULT], where it would reach nobody, and for a path's name outside of it."
+    shared = sections.pop("DEFAULT", [])
+    for key in shared:
+        if key in _TYPES or key in _MOVED or "." in key:
+            raise ValueError(f"{source}: [DEFAULT] has {key}, which is a profile's; write it in the profile's section")
+        if key not in known and f"${{{key}}}" not in text: nearest_name(f"path in [DEFAULT] of {source}:", key, known)
+    for name, keys in sections.items():
+        for key in keys:
+            if key in {*known, *shared}:
+                raise ValueError(f"{source}: profile {name!r} has {key}, which all profiles share; write it in "
+                                 f"[DEFAULT], or in the section a field of the profile, such as root or weights")
 
 
 def _text(path: Path) -> str:
@@ -324,7 +338,9 @@ def _read(settings) -> configparser.ConfigParser:
     interpolation = configparser.ExtendedInterpolation()
     parser = configparser.ConfigParser(interpolation=interpolation, inline_comment_prefixes=None)
     for path in dict.fromkeys([SHIPPED / "settings.ini", find_settings(settings)]):
-        for name in _sections(text := _text(path), path): parser.remove_section(name)
+        sections = _sections(text := _text(path), path)
+        _check_places(sections, path, text, list(parser.defaults() or sections.get("DEFAULT", [])))
+        for name in sections: parser.remove_section(name)
         parser.read_string(text, source=str(path))
     return parser
 
@@ -334,7 +350,8 @@ def profile_names(
 ) -> list[str]:
     "The profiles of a settings file in its order, and after them the other ones that are shipped."
     path = find_settings(settings)
-    return list(dict.fromkeys([*_sections(_text(path), path), *_read(settings).sections()]))
+    own = [name for name in _sections(_text(path), path) if name != "DEFAULT"]
+    return list(dict.fromkeys([*own, *_read(settings).sections()]))
 
 # %% ../nbs/01_profiles.ipynb #16b1fdba
 def _section(parser, name: str, seen: tuple = ()) -> dict:
@@ -344,8 +361,19 @@ def _section(parser, name: str, seen: tuple = ()) -> dict:
     try: own = {k: v for k, v in parser[name].items() if k not in parser.defaults()}
     except configparser.InterpolationError as error:
         raise ValueError(f"profile {name!r} does not parse: {' '.join(str(error).split())}") from None
+    if "options" in own: raise ValueError(f"profile {name!r}: options are written one by one, such as dap.scale = 3")
     base = own.pop("inherits", None)
     return (_section(parser, base, (*seen, name)) if base else {}) | own
+
+
+_PLACES = FILES | {"cache", "plugins"}  # what a settings file may name by its place beside the file
+
+
+def _beside(folder: Path, key: str, said: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    "A place as the settings file says it, from wherever the process runs; a hub's `owner/name` stays what it is."
+    if isinstance(said, tuple): return tuple(_beside(folder, key, one) for one in said)
+    if not said or Path(said).is_absolute(): return said
+    return str(folder / said) if key in ("cache", "plugins") or (folder / said).exists() else said
 
 # %% ../nbs/01_profiles.ipynb #62b48b58
 def load_profile(
@@ -359,6 +387,8 @@ def load_profile(
         if one in overrides: overrides[many] = (overrides.pop(one),)
     where = f"profile {name!r}"
     checked = _all_checked(values | overrides, where)
+    folder = find_settings(settings).parent.resolve()
+    checked |= {key: _beside(folder, key, checked[key]) for key in _PLACES if key in values and key not in overrides}
     required = [f.name for f in fields(Profile) if f.default is MISSING and f.name != "name"]
     if missing := [k for k in required if k not in checked]:
         raise ValueError(f"{where} lacks {', '.join(missing)}; add it to its section in {find_settings(settings)}")

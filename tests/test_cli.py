@@ -92,6 +92,13 @@ MISTAKES = {
     "evaluate full --profile smoke --ipc 3": "--ipc is for methods, and full is none",
     "measure {tmp}/full --profile smoke --option k=3": "--option is for methods, and",
     "reproduce --profile smoke --only ''": "--only names nothing",
+    "distill random --profile smoke --set resnet18.width=3 --out {tmp}/out": "nothing that has options is called 'resnet18'",
+    "distill random --profile smoke --set kmeans.seed=3 --out {tmp}/out": "nobody takes it",
+    "status --runs {tmp}/full/file.txt": "file.txt",
+    "distill random --profile smoke --ipc 1 --out {tmp}/full/file.txt/out": "file.txt",
+    "run {tmp}/good.ipynb -p profile": "-p profile should be NAME=VALUE",
+    "run {tmp}/good.ipynb -p profile smoke -p profile digits": "-p profile is given twice",
+    "run {tmp}/good.ipynb --out {tmp}/full": "exists",
     "reproduce --profile smoke --only manifoldgd/table99": "unknown table or figure 'manifoldgd/table99'",
 }
 
@@ -109,7 +116,26 @@ def test_a_mistake_gets_one_line(ddkit, tmp_path, command):
     assert not list((tmp_path / "runs").rglob("*.png")) and not list((tmp_path / "runs" / "tmp").glob("*"))
 
 
-@pytest.mark.parametrize("command", ["reproduce --jobs 0", "reproduce --jobs two", "distill random", "nonsense", "distill random --ipc x --out y", "status --nonsense"])
+@pytest.mark.parametrize("manifest, told", [
+    ("", "JSONDecodeError"), ("{}", "KeyError"), ('{"classes": [], "files": {}}', "RuntimeError"), ("[1]", "TypeError")])
+def test_a_manifest_that_is_none(ddkit, tmp_path, manifest, told):
+    (tmp_path / "manifest.json").write_text(manifest)
+    code, out, err = ddkit(f"measure {tmp_path} --profile smoke")
+    assert code == 2 and "is not the manifest of a distilled set" in err and told in err and err.count("\n") == 1
+
+
+def test_a_set_of_other_classes_is_not_scored_by_their_numbers(ddkit, tmp_path):
+    assert ddkit(f"distill random --profile smoke --ipc 1 --out {tmp_path / 'set'}")[0] == 0
+    file = tmp_path / "set" / "manifest.json"
+    said = json.loads(file.read_text())
+    for one in said["classes"]: one["label"] = (one["label"] + 1) % 10
+    file.write_text(json.dumps(said))
+    for command in ("evaluate", "measure"):
+        code, out, err = ddkit(f"{command} {tmp_path / 'set'} --profile smoke")
+        assert code == 2 and "has other classes than profile 'smoke': its label 0 is 9, the profile's 0" in err
+
+
+@pytest.mark.parametrize("command", ["distill random --seed -1 --out y", "reproduce --jobs 0", "reproduce --jobs two", "distill random", "nonsense", "distill random --ipc x --out y", "status --nonsense"])
 def test_wrong_usage_gets_exit_code_2(ddkit, command):
     code, out, err = ddkit(command)
     assert code == 2 and "Traceback" not in err and err
