@@ -137,6 +137,9 @@ def _store(folder: Path | None):
 
 def _free(out: Path, option: str = "--out") -> None:
     "Raise `ValueError` unless `out` can be written without touching anything that is there."
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"nothing can be written below {above}; choose another {option}")
     full = out.is_dir() and any(out.iterdir())
     if not full and (out.is_dir() or not out.exists()): return
     what = "exists and is not empty" if full else "exists"
