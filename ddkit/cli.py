@@ -137,7 +137,7 @@ def _store(folder: Path | None):
 
 def _free(out: Path, option: str = "--out") -> None:
     "Raise `ValueError` unless `out` can be written without touching anything that is there."
-    above = next(folder for folder in out.absolute().parents if folder.exists())
+    above = next((folder for folder in out.absolute().parents if folder.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"nothing can be written below {above}; choose another {option}")
     full = out.is_dir() and any(out.iterdir())
