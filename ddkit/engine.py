@@ -8,8 +8,9 @@ __all__ = ['compute_bundle', 'workflow_folder', 'start_engine', 'stop_engine', '
 
 # %% ../nbs/62_engine.ipynb #1a6a3235
 import contextlib
-import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,18 +25,17 @@ import filelock
 import torch
 from rich.console import Console
 
-from . import papers
-from .backbones import load_backbone
 from .cells import Cell
-from .data import load_data
+from .checks import LOOKS
 from .files import named_lock, read_json, short_path
-from .fingerprints import data_fingerprint
 from .folders import counted
-from .plans import NOTEBOOK_SECONDS, START_SECONDS, WorkPlan, artefact_files, bundles, plan_file, stamp_path
+from .plans import NOTEBOOK_SECONDS, START_SECONDS, WorkPlan, artefact_files, bundles, plan_file, planned_cells
+from .plans import stamp_path
 from .plugins import plugins_of
 from .profiles import project_root
+from .recipes import get_method
 from .runs import estimate, history, rough_seconds
-from .store import SUMMARY, Store
+from .store import SUMMARY, Store, depends_on
 from .work import in_company
 from .workers import FAILED, surroundings, tell_failure
 
@@ -48,9 +48,9 @@ def compute_bundle(
     text = read_json(Path(plan))
     entry = next(bundle for bundle in text["bundles"] if bundle["name"] == name)
     failed: set[str] = set()
-    with surroundings(text):
+    with surroundings(text, entry):
         store = Store()
-        for group in in_company([Cell.from_dict(values) for values in entry["cells"]]):
+        for group in in_company(planned_cells(text, entry)):
             hopeless = any(up.key in failed for cell in group for up in cell.inputs)
             if hopeless or not _computed(group, store): failed |= {cell.key for cell in group}
     if failed: sys.exit(1)
@@ -84,7 +84,7 @@ def start_engine(
     "Start Snakemake on a plan; what it says goes to `snakemake.log` beside the plan."
     rules = workflow_folder()
     arguments = ["--snakefile", rules / "Snakefile", "--directory", store.root, "--config", f"plan={plan}",
-                 "--jobs" if "--executor" in more else "--cores", jobs, "--scheduler", "greedy", "--nolock",
+                 "--jobs" if any(map(_is_executor, more)) else "--cores", jobs, "--scheduler", "greedy", "--nolock",
                  "--keep-going", "--keep-incomplete", "--rerun-incomplete",
                  *(["--resources", f"gpu={len(gpus)}"] if gpus else []), *more]
     surroundings = os.environ | {"DDKIT_HEAD": str(os.getpid()), "DDKIT_RUNS": str(store.root)}
@@ -94,6 +94,11 @@ def start_engine(
     with open(plan.with_name("snakemake.log"), "w") as log:
         return subprocess.Popen(command, env=surroundings, cwd=project_root(), start_new_session=True,
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _is_executor(argument: str) -> bool:
+    "Whether an argument hands the jobs to something else than this machine's cores, in any way to write it."
+    return re.match(r"--executor(=|$)|-e", argument) is not None
 
 # %% ../nbs/62_engine.ipynb #eac6df21
 def stop_engine(process: subprocess.Popen, patience: float = 5.0) -> None:
@@ -105,15 +110,25 @@ def stop_engine(process: subprocess.Popen, patience: float = 5.0) -> None:
             return
 
 # %% ../nbs/62_engine.ipynb #8d23ade5
+def _opened_by(cell: Cell) -> set[str]:
+    "Names in `LOOKS` of what computing a cell may open."
+    opened = {"data", "generator"}
+    if cell.kind == "evaluate" and cell.values["training"]["labels"] != "hard": opened.add("teacher")
+    if cell.kind == "distill" and "judge" in get_method(cell.method).preparations: opened.add("judge")
+    return opened | ({cell.network} & {"judge", "inception"} if cell.kind == "features" else set())
+
+
 def check_inputs(plan: WorkPlan) -> None:
-    "Raise what the first worker would: a data root or a checkpoint that is missing, not in every bundle but once."
-    for profile in dict.fromkeys(cell.profile for cell in plan.todo):
-        with plugins_of(profile):
-            if data_fingerprint(profile).startswith("missing"): load_data(profile)
-            has_weights = profile.generator == "embedded" or profile.weights and Path(profile.weights).exists()
-            if not has_weights: load_backbone(profile)
+    "Raise what the first worker would: something that is missing or does not fit, not in every bundle but once."
+    seen = set()
+    for cell in plan.todo:
+        with plugins_of(cell.profile):
+            for name in sorted(_opened_by(cell)):
+                if (wanted := (name, depends_on(LOOKS[name], cell.profile))) in seen: continue
+                LOOKS[name](cell.profile)
+                seen.add(wanted)
 
-
+# %% ../nbs/62_engine.ipynb #011081fb
 def gpu_names(
     plan: WorkPlan,
     count: int | None,  # how many are wanted; None: all
@@ -161,21 +176,21 @@ def announcement(
 ) -> list[str]:
     "A plan in a few lines."
     lacking, kept = len(plan.todo), len(plan.cells) - len(plan.todo)
-    lines = [f"{counted(plan.artefacts, 'artefact')} on profile {plan.profile}, "
-             f"{len(plan.stale)} to make: {' '.join(plan.stale)}",
-             f"{counted(plan.cells, 'cell')}, {kept} in {short_path(store.root)}, {lacking} to compute"]
-    if len(plan.artefacts) > 1: lines.append(_shared(plan))
+    making = f"{len(plan.stale)} to make: {' '.join(plan.stale)}" if plan.stale else "none to make"
+    lines = [f"{counted(plan.artefacts, 'artefact')} on profile {plan.profile}, {making}",
+             f"{counted(plan.cells, 'cell')}, {kept} in {short_path(store.root)}, {lacking} to compute", *_shared(plan)]
     computing = sum(START_SECONDS + pack.seconds for pack in bundles(plan.todo, plan.seconds, workers))
     seconds = computing + NOTEBOOK_SECONDS * len(plan.stale)
-    about = f"about {duration(1.1 * seconds / workers)} with {counted(range(workers), 'worker')}"
-    return [*lines, f"{about}{_grounds(plan)}"]
+    return [*lines, f"about {duration(1.1 * seconds / workers)}, {workers} at a time{_grounds(plan)}"]
 
 
-def _shared(plan: WorkPlan) -> str:
-    "What tables and figures save by sharing cells."
+def _shared(plan: WorkPlan) -> list[str]:
+    "What tables and figures save by sharing cells; no line where they share none."
     askers = Counter(cell.key for cells in plan.needs.values() for cell in cells)
-    return (f"the artefacts ask for {len(askers)} of them, {sum(n > 1 for n in askers.values())} more than once; "
-            f"each computing its own, it would be {askers.total()}")
+    several = sum(n > 1 for n in askers.values())
+    if not several: return []
+    return [f"the artefacts ask for {len(askers)} of them, {several} more than once; each computing its own, it would "
+            f"be {askers.total()}"]
 
 
 def _grounds(plan: WorkPlan) -> str:
@@ -255,7 +270,7 @@ class Progress:
     def left(self) -> float:
         "Estimated seconds to the end."
         now = time.monotonic()
-        if now - self.learned > 3: self.known, self.learned = history(self.store), now
+        if now - self.learned > 10: self.known, self.learned = history(self.store), now
         work = sum(estimate(cell, self.known) for cell in self.cells.values()) + NOTEBOOK_SECONDS * len(self.artefacts)
         spent = (now - self.started) * self.jobs
         overhead = min(3.0, max(1.0, spent / self.worked)) if self.worked > 5 else 1.3
@@ -272,7 +287,7 @@ def execute(
     "Carry out a plan; True if everything was done. Stopped by Ctrl-C or SIGTERM, it stops what it started."
     _clear(plan, store)
     path, console = plan_file(plan, store, jobs), Console(highlight=False, markup=False, soft_wrap=True)
-    for old in path.parent.glob("*.log"): old.unlink()
+    _remove_old_plans(path.parent)
     progress = Progress(plan, store, path.parent, jobs, console.print)
     process = start_engine(path, store, jobs, gpus, more)
     try:
@@ -297,10 +312,18 @@ def _clear(plan: WorkPlan, store: Store) -> None:
         if artefact.name in plan.stale: stamp_path(artefact, plan.profile, store).unlink(missing_ok=True)
     store.sweep()
 
+
+def _remove_old_plans(current: Path) -> None:
+    "Remove the plans of earlier heads with their logs, and the logs of this one. At most one head works on a store."
+    for old in current.parent.glob("*/snakemake.log"):  # where there is none, Snakemake was started by hand, and may run
+        if old.parent != current: shutil.rmtree(old.parent)
+    for log in current.glob("*.log"): log.unlink()
+
 # %% ../nbs/62_engine.ipynb #fdd2d4f8
 def _explain(progress: Progress, logs: Path) -> None:
     "What failed, with the end of its log and the log's path."
-    cut_off = [log for log in sorted(logs.glob("*.log")) if log.stem in _unfinished(logs)]
+    unfinished = _unfinished(logs)
+    cut_off = [log for log in sorted(logs.glob("*.log")) if log.stem in unfinished]
     told = list(progress.failed) or cut_off or [logs / "snakemake.log"]
     for log in told[:3]: print(f"\n--- {short_path(log)}\n{end_of(log)}", file=sys.stderr)
     if len(told) > 3: print(f"\n--- and {len(told) - 3} more logs in {short_path(logs)}", file=sys.stderr)

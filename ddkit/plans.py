@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['START_SECONDS', 'SHORT', 'NOTEBOOK_SECONDS', 'notebook_path', 'artefact_files', 'stamp_path', 'library_files',
-           'library_code', 'artefact_inputs', 'out_of_date', 'WorkPlan', 'make_plan', 'Bundle', 'bundles', 'plan_file']
+           'library_code', 'artefact_inputs', 'out_of_date', 'WorkPlan', 'make_plan', 'Bundle', 'bundles', 'plan_file',
+           'planned_cells']
 
 # %% ../nbs/61_plans.ipynb #3806e0dc
 import functools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import ddkit
@@ -17,8 +18,9 @@ from . import papers
 from .cells import KINDS, Cell
 from .facts import bare_code
 from .files import digest, file_sha256, read_json, short_path, write_json
+from .folders import counted
 from .papermilling import notebook_code
-from .profiles import project_root
+from .profiles import Profile, project_root
 from .runs import describe, estimate, history
 from .store import SUMMARY, Store, problem
 from .work import about
@@ -92,11 +94,11 @@ class WorkPlan:
     "What `reproduce` is going to do."
     profile: str
     artefacts: list  # the wanted tables and figures
-    stale: dict  # of those, the ones to make → why
+    stale: dict[str, str]  # names of those to make → why
     cells: list[Cell]  # the wanted cells and those that they come from, as far as they are there or to be computed
     todo: list[Cell]  # of those, the ones to compute; what others start from first
     damaged: dict[Cell, str]  # of those, the ones whose payload is not what was written → why
-    needs: dict  # artefact id → its cells
+    needs: dict[str, list[Cell]]  # name of an artefact → its cells
     seconds: dict  # known durations, from the store
 
     @property
@@ -109,7 +111,7 @@ def make_plan(
     profile: str,
     store: Store,
 ) -> WorkPlan:
-    "Find out what is wanted, what is there, and what is to be done; changes nothing."
+    "Find out what is wanted, what is there, and what is to be done; computes nothing."
     artefacts = papers.select(paper, only)
     asked = {a.name: papers.cells(a, profile) for a in artefacts}
     found = _with_inputs(cell for cells in asked.values() for cell in cells)
@@ -117,8 +119,8 @@ def make_plan(
     state = {key: problem(store.path(cell)) for key, cell in found.items()}
     todo = _to_do(found, state, {cell.key for cells in needs.values() for cell in cells})
     def why_stale(artefact):
-        lacking = sum(cell.key in todo for cell in needs[artefact.name])
-        if lacking: return f"{lacking} cell{'s' * (lacking != 1)} to compute"
+        if lacking := [cell for cell in needs[artefact.name] if cell.key in todo]:
+            return f"{counted(lacking, 'cell')} to compute"
         return out_of_date(artefact, asked[artefact.name], profile, store)
     stale = {a.name: why for a in artefacts if (why := why_stale(a))}
     damaged = {found[key]: why for key, why in state.items() if why not in (None, "missing")}
@@ -164,7 +166,7 @@ class Bundle:
     seconds: float  # estimated
 
     def __str__(self) -> str:
-        return f"{self.name}: {len(self.cells)} cell{'s' * (len(self.cells) > 1)}"
+        return f"{self.name}: {counted(self.cells, 'cell')}"
 
 # %% ../nbs/61_plans.ipynb #daf214da
 _SORTS = ("first", "sets", "measures")
@@ -271,9 +273,10 @@ def _ways_to_the_end(packs: list[Bundle]) -> dict[str, float]:
     return {pack.name: way(pack.name) for pack in packs}
 
 # %% ../nbs/61_plans.ipynb #ee606208
-def _bundle_entry(pack: Bundle, store: Store, priority: float) -> dict:
+def _bundle_entry(pack: Bundle, store: Store, priority: float, profiles: list[Profile]) -> dict:
     own = {cell.key for cell in pack.cells}
-    return {"name": pack.name, "cells": [cell.to_dict() for cell in pack.cells], "priority": int(priority),
+    cells = [cell.to_dict() | {"profile": profiles.index(cell.profile)} for cell in pack.cells]
+    return {"name": pack.name, "cells": cells, "priority": int(priority),
             "outputs": [_inside(store, cell) for cell in pack.cells], "gpu": _wants_gpu(pack.cells),
             "needs": sorted({_inside(store, up) for cell in pack.cells for up in cell.inputs if up.key not in own})}
 
@@ -298,13 +301,22 @@ def plan_file(
     workers: int = 1,  # processes that will share the work
 ) -> Path:
     "Write a plan for Snakemake, under its digest."
-    packs = bundles(plan.todo, plan.seconds, workers)
+    packs, profiles = bundles(plan.todo, plan.seconds, workers), list(dict.fromkeys(c.profile for c in plan.todo))
     ways = _ways_to_the_end(packs)
     text = {
         "profile": plan.profile, "root": str(project_root()), "store": str(store.root), "python": sys.executable,
-        "bundles": [_bundle_entry(pack, store, ways[pack.name]) for pack in packs],
+        "profiles": [asdict(profile) for profile in profiles],
+        "bundles": [_bundle_entry(pack, store, ways[pack.name], profiles) for pack in packs],
         "artefacts": [_artefact_entry(a, plan, store) for a in plan.artefacts if a.name in plan.stale],
     }
     path = store.root / "plans" / digest(text) / "plan.json"
     write_json(path, text)
     return path
+
+
+def planned_cells(
+    text: dict,  # what a plan file says
+    bundle: dict,  # one of its bundles
+) -> list[Cell]:
+    "The cells of a bundle, in the order in which they can be computed."
+    return [Cell.from_dict(cell | {"profile": text["profiles"][cell["profile"]]}) for cell in bundle["cells"]]

@@ -37,13 +37,14 @@ def tell_failure(
 @contextlib.contextmanager
 def surroundings(
     plan: dict,
+    entry: dict,  # of the plan: a bundle or an artefact
 ):
-    "The kit's folder, the plan's store, one GPU, and an orderly end when the worker is told to stop."
+    "The kit's folder, the plan's store, a GPU if the entry asks for one, an orderly end when told to stop."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.simplefilter("ignore", FutureWarning)
     os.chdir(plan["root"])
     os.environ["DDKIT_RUNS"] = plan["store"]
-    with gpu_slot(runs_root()): yield
+    with gpu_slot(runs_root()) if entry["gpu"] else contextlib.nullcontext(): yield
 
 # %% ../nbs/48_workers.ipynb #77d0078c
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ def compute_artefact(
     "A worker: run the notebook of one artefact, and stamp what it made. Exit code 1 if it fails."
     text = read_json(Path(plan))
     entry = next(artefact for artefact in text["artefacts"] if artefact["name"] == name)
-    with surroundings(text):
+    with surroundings(text, entry):
         try: _make(entry, text["profile"])
         except Exception as error:
             tell_failure(name, error)

@@ -33,6 +33,11 @@ features = judge
 [broken]
 inherits = tiny
 plugins = broken.py
+
+[no-judge]
+inherits = tiny
+normalization = imagenet
+feature_weights = nowhere/resnet18.pth
 """
 BROKEN = "from ddkit.methods import register\n@register('broken')\ndef broken(workshop): raise RuntimeError('no ink left')\n"
 
@@ -45,7 +50,9 @@ class Project:
         (root / "settings.ini").write_text((ROOT / "settings.ini").read_text(encoding="utf-8") + TINY, encoding="utf-8")
         (root / "broken.py").write_text(BROKEN)
         for folder in ("workflow", "nbs/papers"): shutil.copytree(ROOT / folder, root / folder)
-        self.environment = {k: v for k, v in os.environ.items() if k != "DDKIT_RUNS"}
+        self.temporary = root / "tmp"
+        self.temporary.mkdir()
+        self.environment = {k: v for k, v in os.environ.items() if k != "DDKIT_RUNS"} | {"TMPDIR": str(self.temporary)}
 
     def start(self, *arguments):
         return subprocess.Popen([DDKIT, "reproduce", "--only", "fig4", "--jobs", "2", *arguments], cwd=self.root, env=self.environment,
@@ -90,6 +97,7 @@ class Project:
         end = time.monotonic() + 10
         while self.processes() and time.monotonic() < end: time.sleep(0.1)
         assert not self.processes()
+        assert not list(self.temporary.glob("ddkit-*")) and not list(self.temporary.glob("snakemake*"))
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +109,15 @@ def test_a_dry_run_changes_nothing(project):
     before = sorted(project.root.rglob("*"))
     code, out, err = project.reproduce("--profile", "tiny", "--dry-run")
     assert code == 0 and not err, err
-    assert "0 in runs, 33 to compute" in out and "manifoldgd/fig4: 10 cells to compute" in out and "Nothing was done" in out
+    assert "0 in runs, 33 to compute" in out and "manifoldgd/fig4: 10 cells to compute" in out and "(--dry-run)" in out
+    assert "more than once" not in out  # a single artefact shares nothing
     assert sorted(project.root.rglob("*")) == before
+
+
+def test_what_is_missing_is_said_before_anything_runs(project):
+    code, out, err = project.reproduce("--profile", "no-judge")
+    assert code == 2 and "nowhere/resnet18.pth" in err and err.count("\n") == 1 and "Traceback" not in err, err
+    assert not (project.runs / "plans").exists() and not project.cells()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
@@ -173,6 +188,7 @@ def test_a_changed_artefact_is_made_again(project):
     code, out, err = project.reproduce("--profile", "tiny")
     assert code == 0 and "33 in runs, 0 to compute" in out, out + err
     assert artefact_bytes(project) == figures
+    assert len(list((project.runs / "plans").iterdir())) == 1  # those of earlier calls are gone
 
 
 def test_artefacts_without_a_store_do_not_count(project):
@@ -186,7 +202,7 @@ def test_snakemake_by_hand(project):
     command = [Path(sys.executable).parent / "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2", "--keep-incomplete", "--config", "profile=tiny", "only=fig4"]
     done = subprocess.run(command, cwd=project.root, env=project.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(project.cells()) == 33
+    assert len(project.cells()) == 33 and len(list((project.runs / "plans").iterdir())) == 2
     assert project.reproduce("--profile", "tiny")[1].startswith("Nothing to do")
 
 

@@ -4,8 +4,10 @@
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -15,9 +17,12 @@ from snakemake.cli import main
 def watch(head: int) -> None:
     "End the process group when the head no longer is this process's parent."
     while os.getppid() == head: time.sleep(0.5)
+    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
+    tempfile.tempdir = tempfile.mkdtemp(prefix="ddkit-")  # Snakemake's and its workers': the killed cannot tidy up
     threading.Thread(target=watch, args=[int(os.environ["DDKIT_HEAD"])], daemon=True).start()
-    main(sys.argv[1:])
+    try: main(sys.argv[1:])
+    finally: shutil.rmtree(tempfile.tempdir, ignore_errors=True)
