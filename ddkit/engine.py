@@ -315,7 +315,7 @@ def _clear(plan: WorkPlan, store: Store) -> None:
 
 def _remove_old_plans(current: Path) -> None:
     "Remove the plans of earlier heads with their logs, and the logs of this one. At most one head works on a store."
-    for old in current.parent.glob("*/snakemake.log"):  # where there is none, Snakemake was started by hand, and may run
+    for old in current.parent.glob("*/snakemake.log"):  # without it, Snakemake was started by hand, and may run
         if old.parent != current: shutil.rmtree(old.parent)
     for log in current.glob("*.log"): log.unlink()
 

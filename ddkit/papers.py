@@ -6,17 +6,18 @@
 __all__ = ['Cast', 'ENDINGS', 'CORESETS', 'TRAINING_FREE', 'DRAWN', 'VARIANTS', 'SWEEPS', 'STOPS', 'LATENT', 'JUDGED', 'LEFT_OUT',
            'RANKED_UNDER', 'Artefact', 'artefact', 'select', 'get_artefact', 'cells', 'outputs', 'stem',
            'accuracy_cells', 'fidelity_cells', 'comparison_ipc', 'outer_ipcs', 'option_value', 'ablation_cells',
-           'stop_steps', 'reaching_radii', 'components', 'comparison_cells', 'judging_cells', 'ranking_cells',
-           'reported']
+           'swept_cells', 'stop_steps', 'reaching_radii', 'components', 'comparison_cells', 'judging_cells',
+           'ranking_cells', 'reported']
 
 # %% ../nbs/60_papers.ipynb #d6205f9f
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from .registry import nearest_name
+from .registry import is_redefinition, nearest_name
 from .profiles import Profile, cast, find_settings
 from .plugins import plugins_of
 from .networks import network_names
@@ -62,9 +63,14 @@ def artefact(
     paper: str, id: str, slug: str, title: str,
     roles: tuple[str, ...], parts: tuple[str, ...] = ("",), figures: tuple[str, ...] = (),  # see `Artefact`
 ):
-    "Decorator: the function below is the grid of this table or figure."
+    "Decorator: the function below is the grid of this table or figure. `ValueError` for an id that another one has."
     def add(grid: Callable[[Cast], list[Cell]]):
-        _ARTEFACTS[f"{paper}/{id}"] = Artefact(paper, id, slug, title, roles, grid, parts, figures)
+        made = Artefact(paper, id, slug, title, roles, grid, parts, figures)
+        known = _ARTEFACTS.setdefault(made.name, made)
+        if known.slug != slug or not is_redefinition(grid, known.grid):
+            raise ValueError(f"{made.kind} {made.name!r} exists already ({known.slug}, from {known.grid.__module__}); "
+                             "choose another id")
+        _ARTEFACTS[made.name] = made
         return grid
     return add
 
@@ -200,6 +206,17 @@ def ablation_cells(
     return [evaluate_cell(changed, m, ipc, seed, n, **options)
             for m in methods for n in networks for seed in profile.seeds]
 
+
+def swept_cells(
+    profile: Profile,
+    methods: Iterable[str],
+    networks: Iterable[str],
+    **values: Iterable,  # option of the methods → its values
+) -> list[Cell]:
+    "`ablation_cells` of every combination of the values; the last option varies fastest."
+    settings = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+    return [cell for options in settings for cell in ablation_cells(profile, methods, networks, options)]
+
 # %% ../nbs/60_papers.ipynb #45fb55b2
 SWEEPS = {
     "radius": (0.05, 0.1, 0.2),  # Table 7; its heads are lost, the released scripts have the first two
@@ -283,12 +300,12 @@ def _(players: Cast) -> list[Cell]:
 # %% ../nbs/60_papers.ipynb #6273bfca
 def _schedule_cells(profile: Profile) -> list[Cell]:
     "variant × schedule × warm steps; as stated at a radius that real latents reach."
-    networks = [n for n in profile.networks if n != "resnetap10"]  # the paper shows the others
+    networks = [n for n in profile.networks if n != "resnetap10"] or profile.networks  # the paper shows the others
     released = option_value(profile, "manifoldgd-released", "radius")
-    settings = [(method, {"radius": radius, "schedule": schedule, "warm_steps": warm})
-                for method, radius in (("manifoldgd", reaching_radii(profile)[0]), ("manifoldgd-released", released))
-                for schedule in SWEEPS["schedule"] for warm in SWEEPS["warm_steps"]]
-    return [c for method, options in settings for c in ablation_cells(profile, [method], networks, options)]
+    radii = {"manifoldgd": reaching_radii(profile)[0], "manifoldgd-released": released}
+    return [c for method, radius in radii.items()
+            for c in swept_cells(profile, [method], networks, radius=[radius], schedule=SWEEPS["schedule"],
+                                 warm_steps=SWEEPS["warm_steps"])]
 
 
 @artefact("manifoldgd", "table4", "radius_schedules", "How the radius shrinks: schedule and warm steps",
@@ -299,9 +316,8 @@ def _(players: Cast) -> list[Cell]:
 # %% ../nbs/60_papers.ipynb #2135352e
 def _kernel_cells(profile: Profile) -> list[Cell]:
     "kernel × without and with the manifold term."
-    settings = [{"kernel": kernel, "manifold_scale": scale} for kernel in SWEEPS["kernel"]
-                for scale in (0.0, option_value(profile, "manifoldgd", "manifold_scale"))]
-    return [c for options in settings for c in ablation_cells(profile, ["manifoldgd"], profile.networks, options)]
+    scales = (0.0, option_value(profile, "manifoldgd", "manifold_scale"))
+    return swept_cells(profile, ["manifoldgd"], profile.networks, kernel=SWEEPS["kernel"], manifold_scale=scales)
 
 
 @artefact("manifoldgd", "table5", "mode_kernels", "Mode kernels, with and without the manifold term",
@@ -319,8 +335,7 @@ def _(players: Cast) -> list[Cell]:
 def _radius_cells(profile: Profile) -> list[Cell]:
     "variant × radius; as stated also at radii that real latents reach."
     radii = {"manifoldgd": SWEEPS["radius"] + reaching_radii(profile), "manifoldgd-released": SWEEPS["radius"]}
-    return [c for method, own in radii.items() for radius in own
-            for c in ablation_cells(profile, [method], profile.networks, {"radius": radius})]
+    return [c for method, own in radii.items() for c in swept_cells(profile, [method], profile.networks, radius=own)]
 
 
 @artefact("manifoldgd", "table7", "neighbourhood_radius", "The radius of the neighbourhood",
@@ -337,8 +352,7 @@ def _(players: Cast) -> list[Cell]:
 @artefact("manifoldgd", "table9", "tangent_dimension", "The dimension of the tangent space",
           ("imagenette", "imagenet100"), ("", "-last"))
 def _(players: Cast) -> list[Cell]:
-    return _over(players, lambda p: [c for dim in SWEEPS["tangent_dim"]
-                                     for c in ablation_cells(p, VARIANTS, p.networks, {"tangent_dim": dim})])
+    return _over(players, lambda p: swept_cells(p, VARIANTS, p.networks, tangent_dim=SWEEPS["tangent_dim"]))
 
 
 @artefact("manifoldgd", "table10", "imagenet1k_hard", "ImageNet-1K with hard labels", ("imagenet1k",), ("", "-last"))
@@ -377,9 +391,8 @@ def _(players: Cast) -> list[Cell]:
 # %% ../nbs/60_papers.ipynb #10fa19ff
 def _scale_cells(profile: Profile) -> list[Cell]:
     "Every pair of scales, as stated."
-    pairs = [{"scale": mode, "manifold_scale": manifold}
-             for mode in SWEEPS["scale"] for manifold in SWEEPS["manifold_scale"]]
-    return [c for options in pairs for c in ablation_cells(profile, ["manifoldgd"], ["resnetap10"], options)]
+    return swept_cells(profile, ["manifoldgd"], ["resnetap10"], scale=SWEEPS["scale"],
+                       manifold_scale=SWEEPS["manifold_scale"])
 
 
 @artefact("manifoldgd", "fig7", "guidance_scales", "Mode against manifold guidance over the denoising steps",
@@ -411,8 +424,7 @@ def _(players: Cast) -> list[Cell]:
 def _level_cells(profile: Profile) -> list[Cell]:
     "Start levels, the profile's own among them."
     levels = sorted({*SWEEPS["start_level"], option_value(profile, "manifoldgd", "start_level")})
-    return [c for level in levels
-            for c in ablation_cells(profile, ["manifoldgd"], profile.networks, {"start_level": level})]
+    return swept_cells(profile, ["manifoldgd"], profile.networks, start_level=levels)
 
 
 @artefact("manifoldgd", "fig10", "start_level", "The level at which the level-wise selection starts",

@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from .decoding import mapped
 from .data import class_count, load_data
 from .backbones import load_backbone
 from .finetuning import apply_finetuned
-from .cells import KINDS, Cell, Kind, as_tuples, code_of
+from .cells import KINDS, Cell, Kind, as_tuples
 from .files import canonical, read_json
 from .inception import inception_features, load_inception
 from .judges import judge_from_file, judge_from_weights
@@ -103,13 +102,12 @@ def evaluate_cell(
     **options,  # for the method
 ) -> Cell:
     "One network trained on a distilled set and tested on real images."
-    protocol = protocol or profile.protocol
-    with plugins_of(profile):
-        NETWORKS.entry(network)  # raises for unknown names, and for values that cannot be
-        training_values(profile, protocol, max(int(ipc), 1), 10, network)
-    if method == "full": return Cell("evaluate", profile, "full", 0, int(seed), network, protocol)
-    return replace(distill_cell(profile, method, ipc, seed, **options), kind="evaluate", network=network,
-                   protocol=protocol)
+    with plugins_of(profile): NETWORKS.entry(network)  # raises for an unknown one
+    learner = {"kind": "evaluate", "network": network, "protocol": protocol or profile.protocol}
+    if method == "full": cell = Cell(profile=profile, method="full", seed=int(seed), **learner)
+    else: cell = replace(distill_cell(profile, method, ipc, seed, **options), **learner)
+    cell.values  # raises for an unknown protocol, and for values that cannot be
+    return cell
 
 
 def judge_cell(
@@ -157,13 +155,13 @@ def about(cell: Cell) -> Cell:
     return replace(cell, kind="distill", network="", protocol="")
 
 
-def _words(*parts) -> str: return " ".join(str(part) for part in parts if part != "")
+def _title(*parts) -> str: return " ".join(str(part) for part in parts if part != "")
 
 
 def _set_title(cell: Cell) -> str:
     "Method, size, options and seed."
     options = [f"{k}={v}" for k, v in cell.options]
-    return _words(cell.method, "" if cell.is_full else f"ipc {cell.ipc}", *options, f"seed {cell.seed}")
+    return _title(cell.method, "" if cell.is_full else f"ipc {cell.ipc}", *options, f"seed {cell.seed}")
 
 # %% ../nbs/43_work.ipynb #8c2b2c81
 @KINDS.register("encode")
@@ -192,7 +190,7 @@ class Encode(Kind):
 class Finetune(Kind):
     "The weights that a preparation makes."
 
-    def title_of(self, cell): return _words("prepare", cell.method, *(f"{k}={v}" for k, v in cell.options))
+    def title_of(self, cell): return _title("prepare", cell.method, *(f"{k}={v}" for k, v in cell.options))
 
     def inputs_of(self, cell): return [encode_cell(cell.profile)] if PREPARATIONS[cell.method].latents else []
 
@@ -222,7 +220,7 @@ class Distill(Kind):
     "A distilled set, as `ddkit.methods.distill` writes it."
     hashed_by_store = ("manifest.json",)  # which has the checksums of the images
 
-    def title_of(self, cell): return _words("distill", _set_title(cell))
+    def title_of(self, cell): return _title("distill", _set_title(cell))
 
     def inputs_of(self, cell):
         "The latents, and what has to be prepared."
@@ -313,12 +311,11 @@ class Evaluate(Kind):
     payload = "scores.json"
 
     def title_of(self, cell):
-        return _words("evaluate", cell.network, "" if cell.protocol == "hard" else cell.protocol, _set_title(cell))
+        return _title("evaluate", cell.network, "" if cell.protocol == "hard" else cell.protocol, _set_title(cell))
 
     def inputs_of(self, cell):
-        p, source = cell.profile, [] if cell.is_full else [about(cell)]
-        asks = training_values(p, cell.protocol, 1, 10, cell.network).labels != "hard"
-        return source + ([teacher_cell(p)] if asks and not p.teacher else [])
+        source, wants_teacher = [] if cell.is_full else [about(cell)], cell.values["training"]["labels"] != "hard"
+        return source + ([teacher_cell(cell.profile)] if wants_teacher and not cell.profile.teacher else [])
 
     def values_of(self, cell):
         p = cell.profile
@@ -432,7 +429,7 @@ def denoiser_features_of(profile: Profile, session, source, inputs):
 class Features(Kind):
     "Features of a distilled set, or of the real training set, by one extractor."
 
-    def title_of(self, cell): return _words("features", cell.network, _set_title(cell))
+    def title_of(self, cell): return _title("features", cell.network, _set_title(cell))
 
     def inputs_of(self, cell):
         p, source = cell.profile, [] if cell.is_full else [about(cell)]
@@ -461,12 +458,14 @@ class Measure(Kind):
     "All metrics that are known under the profile, each in the features that it asks for."
     payload = "metrics.json"
 
-    def title_of(self, cell): return _words("measure", cell.network, _set_title(cell))
+    def title_of(self, cell): return _title("measure", cell.network, _set_title(cell))
 
     def inputs_of(self, cell):
-        sides = (Cell("measure", cell.profile, "full"), cell)
-        return [replace(side, kind="features",
-                        network=extractor) for extractor in cell.network.split() for side in sides]
+        "The features of the real set and of the distilled one, by each extractor."
+        def sides(extractor):
+            return [features_cell(cell.profile, "full", extractor=extractor),
+                    replace(cell, kind="features", network=extractor)]
+        return [side for extractor in cell.network.split() for side in sides(extractor)]
 
     def values_of(self, cell):
         return {"metrics": {extractor: metric_names(extractor) for extractor in cell.network.split()}}
