@@ -32,7 +32,7 @@ from .folders import counted
 from .plans import NOTEBOOK_SECONDS, START_SECONDS, WorkPlan, artefact_files, bundles, plan_file, planned_cells
 from .plans import stamp_path
 from .plugins import plugins_of
-from .profiles import project_root
+from .profiles import Profile, project_root
 from .recipes import get_method
 from .runs import estimate, history, rough_seconds
 from .store import SUMMARY, Store, depends_on
@@ -114,18 +114,22 @@ def _opened_by(cell: Cell) -> set[str]:
     "Names in `LOOKS` of what computing a cell may open."
     opened = {"data", "generator"}
     if cell.kind == "evaluate" and cell.values["training"]["labels"] != "hard": opened.add("teacher")
-    if cell.kind == "distill" and "judge" in get_method(cell.method).preparations: opened.add("judge")
-    return opened | ({cell.network} & {"judge", "inception"} if cell.kind == "features" else set())
+    if cell.kind == "features": opened |= {cell.network} & {"judge", "inception"}
+    if cell.kind == "distill":
+        with plugins_of(cell.profile): opened |= {"judge"} & set(get_method(cell.method).preparations)
+    return opened
 
 
 def check_inputs(plan: WorkPlan) -> None:
     "Raise what the first worker would: something that is missing or does not fit, not in every bundle but once."
+    opened: dict[Profile, set[str]] = {}
+    for cell in plan.todo: opened.setdefault(cell.profile, set()).update(_opened_by(cell))
     seen = set()
-    for cell in plan.todo:
-        with plugins_of(cell.profile):
-            for name in sorted(_opened_by(cell)):
-                if (wanted := (name, depends_on(LOOKS[name], cell.profile))) in seen: continue
-                LOOKS[name](cell.profile)
+    for profile, names in opened.items():
+        profile = profile.replace(device="cpu")  # the workers share out the GPUs, and the head takes none
+        with plugins_of(profile):
+            for name in sorted(names):
+                if (wanted := (name, depends_on(LOOKS[name], profile))) not in seen: LOOKS[name](profile)
                 seen.add(wanted)
 
 # %% ../nbs/62_engine.ipynb #011081fb
@@ -316,7 +320,7 @@ def _clear(plan: WorkPlan, store: Store) -> None:
 def _remove_old_plans(current: Path) -> None:
     "Remove the plans of earlier heads with their logs, and the logs of this one. At most one head works on a store."
     for old in current.parent.glob("*/snakemake.log"):  # without it, Snakemake was started by hand, and may run
-        if old.parent != current: shutil.rmtree(old.parent)
+        if old.parent != current: shutil.rmtree(old.parent, ignore_errors=True)
     for log in current.glob("*.log"): log.unlink()
 
 # %% ../nbs/62_engine.ipynb #fdd2d4f8
