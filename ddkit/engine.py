@@ -112,11 +112,12 @@ def stop_engine(process: subprocess.Popen, patience: float = 5.0) -> None:
 # %% ../nbs/62_engine.ipynb #8d23ade5
 def _opened_by(cell: Cell) -> set[str]:
     "Names in `LOOKS` of what computing a cell may open."
-    opened = {"data", "generator"}
+    p, opened = cell.profile, {"data", "generator"}
+    if (p.dataset, p.generator) == ("digits", "embedded"): opened = {"data"}  # it is there, and takes seconds to load
     if cell.kind == "evaluate" and cell.values["training"]["labels"] != "hard": opened.add("teacher")
     if cell.kind == "features": opened |= {cell.network} & {"judge", "inception"}
     if cell.kind == "distill":
-        with plugins_of(cell.profile): opened |= {"judge"} & set(get_method(cell.method).preparations)
+        with plugins_of(p): opened |= {"judge"} & set(get_method(cell.method).preparations)
     return opened
 
 
