@@ -185,7 +185,7 @@ class Store:
         "The payload of a cell as Python objects, checked byte by byte; computed if needed."
         kind, path = kind_of(cell), self.path(cell)
         if problem(path, thorough=True, hash_only=kind.hashed_by_store) is None:
-            with contextlib.suppress(ValueError): return kind.load(cell, path)  # `_mend` finds out what it stumbles over
+            with contextlib.suppress(ValueError): return kind.load(cell, path)  # `_mend` says what was wrong
         self._mend(cell)
         return kind.load(cell, path)
 
