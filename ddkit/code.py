@@ -15,6 +15,7 @@ import json
 import sys
 import sysconfig
 import textwrap
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,8 +27,7 @@ from .profiles import HOW, SHIPPED, Profile, profile_options
 from .registry import Entry, Registry, in_use_now
 
 # %% ../nbs/08_code.ipynb #442f136c
-_INSTALLED = tuple(str(Path(sysconfig.get_path(name)).resolve())
-                   for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def _is_followed(module: str) -> bool: return module.split(".")[0] == "ddkit" or _is_users(module)
@@ -55,21 +55,31 @@ def _is_installed(spec) -> bool:
     "Whether a module belongs to Python or to an installed package."
     if spec is None: return False
     places = [spec.origin] if spec.has_location else spec.submodule_search_locations or []
-    return bool(places) and all(str(Path(place).resolve()).startswith(_INSTALLED) for place in places)
+    return bool(places) and all(_lies_installed(Path(place).resolve()) for place in places)
+
+
+def _lies_installed(path: Path) -> bool:
+    "Whether a file is Python's own, or lies where packages are installed: this Python's, a user's, a distribution's."
+    if any(path.is_relative_to(root) for root in _INSTALLED): return True
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
 
 # %% ../nbs/08_code.ipynb #3a95224a
 def module_source(
     module: str,  # "ddkit.sampling"
 ) -> str:
-    "The source of an imported module."
-    return Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+    "The source of a module, which is imported if it was not yet."
+    return Path(importlib.import_module(module).__file__).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _is_module(name: str) -> bool: return name in sys.modules or _spec(name) is not None
 
 # %% ../nbs/08_code.ipynb #1818dd95
 class _Module:
     "A module's top level: name → the statements that define it, alias → what it imports."
 
     def __init__(self, name: str):
-        self.name, self.defined, self.imported, self.others = name, {}, {}, []
+        self.name, self.defined, self.imported, self.stars, self.others = name, {}, {}, [], []
         self.tree = Bare().visit(ast.parse(module_source(name)))
         for node in self.tree.body: self._take(node)
 
@@ -89,7 +99,7 @@ class _Module:
             self.defined.setdefault(node.name, []).append(node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and (names := _assigned(node)):
             for name in names: self.defined.setdefault(name, []).append(node)
-        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
             for part in ast.iter_child_nodes(node): self._take(part)
         elif isinstance(node, ast.stmt): self.others.append(node)
 
@@ -98,7 +108,8 @@ class _Module:
         for alias in node.names:
             if isinstance(node, ast.ImportFrom):
                 source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                self.imported[alias.asname or alias.name] = source, alias.name
+                if alias.name == "*": self.stars.append(source)
+                else: self.imported[alias.asname or alias.name] = source, alias.name
             else:
                 first = alias.name.split(".")[0]
                 self.imported[alias.asname or first] = alias.name if alias.asname else first, ""
@@ -139,10 +150,22 @@ def _definition_facts(definition: Definition, registered: frozenset[str]) -> tup
     "The facts of a function, of a constant (and of what changes it), or of a class's head."
     module, (name, _, method) = _module(definition.module), definition.name.partition(".")
     nodes = module.defined[name]
-    if method: return tuple(facts_of(m, is_method=True) for node in nodes for m in _methods(node) if m.name == method)
+    if method:
+        classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+        return tuple(facts_of(m, is_method=True) for node in classes for m in _methods(node) if m.name == method)
     heads = [facts_of(_head(node) if isinstance(node, ast.ClassDef) else node, registered) for node in nodes]
     is_constant = not isinstance(nodes[0], (ast.FunctionDef, ast.ClassDef))
-    return (*heads, *map(facts_of, module.changed.get(name, []) if is_constant else ()))
+    # a function or a class is named in statements that register it, too: only `name.attribute = …` changes it
+    changed = [node for node in module.changed.get(name, []) if is_constant or name in _set_on(node)]
+    return (*heads, *map(facts_of, changed))
+
+
+def _set_on(node) -> set[str]:
+    "The names on which a statement sets something: `Shop.open = True`, `setattr(Shop, …)`."
+    targets = [*getattr(node, "targets", []), *([node.target] if hasattr(node, "target") else [])]
+    call = getattr(node, "value", None)
+    if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "setattr": targets += call.args[:1]
+    return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
 
 
 def _methods(node) -> list:
@@ -174,6 +197,12 @@ def _typed_facts(name: str, registered: frozenset[str]) -> tuple[Facts, ...]:
 def _underneath(member):
     "The function of a property, a class method, a static method."
     return getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+
+
+def _function_text(function: Callable) -> str:
+    "A function as it stands, not what it wraps."
+    alone = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+    return _function_facts(alone).text
 
 
 def _function_facts(function: Callable, registered: frozenset[str] = frozenset()) -> Facts:
@@ -245,17 +274,27 @@ class _Walk:
         if name in here.defined:
             value = getattr(sys.modules[module], name, None)
             return value if isinstance(value, Registry) else Definition(module, name)
-        if name not in here.imported: return None
+        if name not in here.imported: return self._of_stars(name, here)
         source, original = here.imported[name]
         found = self._imported(source, original)
         if found is None or name != original: self.plain.add(f"{name} is {source}.{original}")
         return found
 
+    def _of_stars(self, name: str, module: _Module):
+        "A name that comes from `from source import *`."
+        found = (self._imported(source, name) for source in module.stars)
+        return next((one for one in found if one is not None), None)
+
     def _imported(self, module: str, name: str):
         if not _is_followed(module): return None
         if not name: return module
-        if f"{module}.{name}" in sys.modules: return f"{module}.{name}"
+        if _is_module(f"{module}.{name}"): return f"{module}.{name}"
         return self._resolve(name, module)
+
+    def _chained(self, found, attributes: Iterable[str]):
+        "What `found.attribute…` stands for, where `found` is a module."
+        for attribute in attributes: found = self._imported(found, attribute) if isinstance(found, str) else None
+        return found
 
     def _of_session(self, name: str):
         session = vars(sys.modules["__main__"])
@@ -265,7 +304,7 @@ class _Walk:
         if inspect.ismodule(value):
             self.plain.add(f"{name} is {value.__name__}")
             return value.__name__ if _is_followed(value.__name__) else None
-        if callable(value) and hasattr(value, "__qualname__"):
+        if _has_home(value):
             home = self._home(value)
             if home is None: self.plain.add(f"{name} is {value.__module__}.{value.__qualname__}")
             return home
@@ -274,11 +313,31 @@ class _Walk:
 
     def _value(self, name: str, value):
         "A value that a function of the session looks at, with the code of its class."
-        self.plain.add(f"{name} = {_plain_text(name, value)}")
-        if type(value).__module__ == "__main__" or _is_users(type(value).__module__): self._object(type(value))
+        self.plain.add(f"{name} = {self._said(name, value)}")
+
+    def _said(self, name: str, value, within: tuple[int, ...] = ()) -> str:
+        "A value as text, in the order in which it holds things; functions and classes in it are entered."
+        if id(value) in within: return "itself"
+        def of(part): return self._said(name, part, (*within, id(value)))
+        if inspect.ismethod(value): return f"{of(value.__self__)}.{of(value.__func__)}"
+        if isinstance(value, functools.partial): return f"{of(value.func)}(…, {of(value.args)}, {of(value.keywords)})"
+        if inspect.ismodule(value): return value.__name__
+        if _has_home(value):
+            self._object(value)
+            return value.__qualname__
+        kind = type(value).__qualname__
+        if (home := type(value).__module__) == "__main__" or _is_followed(home): self._object(type(value))
+        if isinstance(value, (list, tuple)): return f"{kind}({', '.join(map(of, value))})"
+        if isinstance(value, (set, frozenset)): return f"{kind}({', '.join(sorted(map(of, value)))})"
+        if isinstance(value, dict): return f"{kind}({', '.join(f'{of(k)}: {of(v)}' for k, v in value.items())})"
+        if _is_tensor(value): return _plain_text(name, [str(value.dtype), list(value.shape), _tensor_hash(value)])
+        if (home == "__main__" or _is_followed(home)) and hasattr(value, "__dict__"): return f"{kind}{of(vars(value))}"
+        if hasattr(value, "state_dict") and hasattr(value, "forward"):  # a network of an installed package
+            return f"{kind}{value}{of(value.state_dict())}"
+        return _plain_text(name, value)
 
     def _home(self, value):
-        "Where a function or class is defined."
+        "Where a function or class is defined; of a wrapped one, what is inside."
         value = inspect.unwrap(value)
         module, name = value.__module__, value.__qualname__.split(".<locals>")[0]
         if module == "__main__" or module not in sys.modules:
@@ -292,13 +351,26 @@ class _Walk:
 
     def _object(self, value):
         "Enter a function, class or method that is at hand."
+        self._wrappers(value)
         home = self._home(value)
         self._closed_over(inspect.unwrap(value))
-        if home is None:
-            if _is_users(value.__module__): self._user_module(value.__module__)
-            return self.plain.add(f"{value.__module__}.{value.__qualname__}")
+        if home is None and _is_users(value.__module__):  # whose module's name says where it lies
+            self._user_module(value.__module__)
+            return self.plain.add(value.__qualname__)
+        if home is None: return self.plain.add(f"{value.__module__}.{value.__qualname__}")
         if home.module != "__main__" and "." in home.name: self._take(replace(home, name=home.name.split(".")[0]))
         self._take(home)
+
+    def _wrappers(self, value):
+        "What `functools.wraps` put around a function: it bears the function's name, and has its own code and module."
+        while hasattr(value, "__wrapped__"):
+            if code := getattr(value, "__code__", None):
+                module, name = value.__globals__.get("__name__"), code.co_qualname.split(".<locals>")[0]
+                if module in sys.modules and module != "__main__" and _is_followed(module):
+                    if name in _module(module).defined: self._take(Definition(module, name))
+                elif module == "__main__": self.plain.add(_function_text(value))
+                self._closed_over(value)
+            value = value.__wrapped__
 
     def _closed_over(self, value):
         "What a function holds of the call that made it."
@@ -308,8 +380,7 @@ class _Walk:
         for name, cell in zip(names, getattr(value, "__closure__", None) or ()):
             try: held = cell.cell_contents
             except ValueError: continue  # not filled yet
-            if callable(held) and hasattr(held, "__qualname__"): self._object(held)
-            else: self._value(name, held)
+            self._value(name, held)
 
     def _user_module(self, module: str):
         """A user's own file counts as a whole, with those that it imports: it may fill tables, wrap functions and
@@ -341,8 +412,20 @@ class _Walk:
         if definition.module == "__main__": facts = _typed_facts(definition.name, registered)
         else: facts = _definition_facts(definition, registered)
         self.found[definition] = facts
-        if (node := _class_of(definition)) is not None: self.classes[definition] = self._methods_of(definition, node)
+        if definition.module == "__main__": self._around(definition.name, _typed[definition.name])
+        if nodes := _classes_of(definition):
+            self.classes[definition] = {k: v for node in nodes for k, v in self._methods_of(definition, node).items()}
         for piece in facts: self._follow(piece, definition.module)
+
+    def _around(self, name: str, typed):
+        "What belongs to a function or class of a notebook besides its text: the defaults' values, attributes, bases."
+        inner = inspect.unwrap(typed)
+        for what in ("__defaults__", "__kwdefaults__"):
+            if held := getattr(inner, what, None): self._value(f"{name}.{what}", held)
+        if not isinstance(typed, type):
+            for key, held in sorted(getattr(inner, "__dict__", {}).items()): self._value(f"{name}.{key}", held)
+        for base in typed.__bases__ if isinstance(typed, type) else ():
+            if base is not object: self._object(base)
 
     def _follow(self, facts: Facts, module: str):
         self.words |= facts.words
@@ -353,10 +436,8 @@ class _Walk:
         local = {alias: self._imported(_absolute(source, module), name) for alias, source, name in facts.imports}
         def at(name): return local[name] if name in local else self._resolve(name, module)
         for name in sorted(facts.names): self._take(at(name))
-        def of_module(name, attribute):
-            return self._imported(target, attribute) if isinstance(target := at(name), str) else None
-        for name, attribute in sorted(facts.chains): self._take(of_module(name, attribute))
-        def called(name): return of_module(*name.split(".")) if "." in name else at(name)
+        for name, *attributes in sorted(facts.chains): self._take(self._chained(at(name), attributes))
+        def called(name): return self._chained(at(name.split(".")[0]), name.split(".")[1:])
         for call in facts.calls: self.words |= _defaults_left(called(call.name), call)
         for name in facts.passed: self.words |= _defaults_left(called(name), _NOTHING)
 
@@ -372,8 +453,8 @@ class _Walk:
         for base in node.bases:
             if _is_exception(base): continue
             found = self._resolve(base.id, definition.module) if isinstance(base, ast.Name) else None
-            above = _class_of(found) if isinstance(found, Definition) else None
-            if above is None or self._calls_back(found, above): return True
+            above = _classes_of(found) if isinstance(found, Definition) else []
+            if not above or any(self._calls_back(found, node) for node in above): return True
         return False
 
     def _ask_methods(self) -> bool:
@@ -412,6 +493,21 @@ def _absolute(source: str, module: str) -> str:
                                        sys.modules[module].__package__ or "") if source.startswith(".") else source
 
 
+def _has_home(value) -> bool:
+    "Whether it is a function or a class that was defined somewhere; a built-in's method is not."
+    return callable(value) and hasattr(value, "__qualname__") and bool(getattr(value, "__module__", None))
+
+
+def _is_tensor(value) -> bool: return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
+
+
+def _tensor_hash(value) -> str:
+    "Of a tensor's numbers, wherever it lies; joblib's hash of the tensor differs from one copy to the next."
+    import torch  # which is there if there is a tensor; a process that only runs a notebook shall not import it
+
+    return joblib.hash(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def _plain_text(name: str, value) -> str:
     "A plain value as text; anything else by joblib's hash of it."
     try: return json.dumps(value, sort_keys=True, allow_nan=False)
@@ -428,9 +524,10 @@ def _node(definition: Definition):
     return _module(definition.module).defined[definition.name][0]
 
 
-def _class_of(definition: Definition) -> ast.ClassDef | None:
-    node = _node(definition)
-    return node if isinstance(node, ast.ClassDef) else None
+def _classes_of(definition: Definition) -> list[ast.ClassDef]:
+    "The statements that define it as a class: an `if` may have two."
+    if definition.module == "__main__" or "." in definition.name: return []
+    return [node for node in _module(definition.module).defined[definition.name] if isinstance(node, ast.ClassDef)]
 
 
 @functools.cache

@@ -42,8 +42,9 @@ SMALLEST_CACHED = 257  # a smaller set is decoded into memory: that takes about 
 
 @functools.cache
 def decoder() -> str:
-    "What decodes, in 20 hex digits: the code of `ddkit.images`, and Pillow's version."
-    decides = f"{bare_code(inspect.getsource(images))} {PIL.__version__}"
+    "What decodes, in 20 hex digits: the code of `ddkit.images`, of what fills the array, and Pillow's version."
+    code = [bare_code(inspect.getsource(one)) for one in (images, _read_many, _decode_chunk)]
+    decides = " ".join([*code, PIL.__version__])
     return hashlib.sha256(decides.encode()).hexdigest()[:20]
 
 # %% ../nbs/05_decoding.ipynb #bd9e1ad0

@@ -42,7 +42,7 @@ def bare_code(
 @dataclass(frozen=True)
 class Call:
     "How a name is called."
-    name: str  # "sample", or of a module's function "sampling.sample"
+    name: str  # "sample", or of a module's function "sampling.sample", "ddkit.sampling.sample"
     positional: int  # arguments without a name, before `*some`
     keywords: frozenset[str]
 
@@ -53,7 +53,7 @@ class Facts:
     text: str  # bare
     names: frozenset[str] = frozenset()  # global names that it loads
     passed: frozenset[str] = frozenset()  # of these (and of "name.attribute") what is not called but handed on
-    chains: frozenset[tuple[str, str]] = frozenset()  # (name, attribute), where it asks a name for an attribute
+    chains: frozenset[tuple[str, ...]] = frozenset()  # (name, attribute, …), where it asks a name for an attribute
     attributes: frozenset[str] = frozenset()  # all attributes that it asks for, of whatever
     words: frozenset[str] = frozenset()  # strings that may be looked up
     reads: frozenset[str] = frozenset()  # attributes of a profile
@@ -86,11 +86,11 @@ def _pairs(target, value) -> list[tuple]:
     return list(zip(target.elts, value.elts)) if both else [(target, value)]
 
 # %% ../nbs/02_facts.ipynb #b411d74c
-def _called_name(function) -> str:
-    "`f` or `module.f`; empty for what is called otherwise."
-    if isinstance(function, ast.Name): return function.id
-    of_name = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
-    return f"{function.value.id}.{function.attr}" if of_name else ""
+def _dotted(node) -> str:
+    "`f`, `module.f`, `package.module.f`; empty for anything else."
+    if isinstance(node, ast.Name): return node.id
+    above = _dotted(node.value) if isinstance(node, ast.Attribute) else ""
+    return f"{above}.{node.attr}" if above else ""
 
 
 class _Reader(ast.NodeVisitor):
@@ -112,10 +112,10 @@ class _Reader(ast.NodeVisitor):
     def visit_Attribute(self, node):
         self.attributes.add(node.attr)
         if _is_profile(node.value, self.profiles): self.reads.add(node.attr)
-        if isinstance(node.value, ast.Name):
-            self.chains.add((node.value.id, node.attr))
-            self.names.add(node.value.id)
-            self.passed.add(f"{node.value.id}.{node.attr}")
+        if dotted := _dotted(node):
+            self.chains.add(tuple(dotted.split(".")))
+            self.passed.add(dotted)
+        if isinstance(node.value, ast.Name): self.names.add(node.value.id)
         else: self.visit(node.value)
 
     def visit_Constant(self, node):
@@ -141,7 +141,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node):
         f = node.func
-        if name := _called_name(f):
+        if name := _dotted(f):
             was_passed = name in self.passed
             self.visit(f)
             if not was_passed: self.passed.discard(name)
@@ -156,7 +156,9 @@ class _Reader(ast.NodeVisitor):
         "`getattr(x, \"name\")` asks for an attribute, and `asdict(profile)` reads all of it."
         if function in ("getattr", "hasattr", "setattr") and len(arguments) > 1:
             said = getattr(arguments[1], "value", None)
-            if isinstance(said, str): self.attributes.add(said)
+            if isinstance(said, str):
+                self.attributes.add(said)
+                if dotted := _dotted(arguments[0]): self.chains.add((*dotted.split("."), said))
             if _is_profile(arguments[0], self.profiles): self.reads |= {said} if isinstance(said, str) else {"*"}
         if function in _OF_ALL and arguments and _is_profile(arguments[0], self.profiles): self.reads.add("*")
 

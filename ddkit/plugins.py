@@ -6,6 +6,7 @@
 __all__ = ['load_plugins', 'plugins_of']
 
 # %% ../nbs/07_plugins.ipynb #92f42426
+import ast
 import hashlib
 import importlib.util
 import sys
@@ -25,7 +26,7 @@ def _plugin_file(plugin: str, profile: Profile) -> Path:
     return path.resolve()
 
 
-_imported: dict[str, str] = {}  # module → its source, as it was imported
+_imported: dict[str, dict[Path, str]] = {}  # a plugin's module → its file and those beside it, as they were imported
 
 
 def _same_code(before: str, now: str) -> bool:
@@ -37,20 +38,62 @@ def _same_code(before: str, now: str) -> bool:
 
 def _import_once(file: Path, plugin: str, profile: Profile) -> None:
     name = f"ddkit_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        if _same_code(_imported[name], file.read_text(encoding="utf-8")): return
-        raise ValueError(f"plugin {plugin!r} of profile {profile.name!r} was edited after it was imported; restart the "
-                         "kernel (what runs is still the old code)")
-    _imported[name] = file.read_text(encoding="utf-8")
-    if str(file.parent) not in sys.path: sys.path.append(str(file.parent))  # for what lies beside it
+    what = f"plugin {plugin!r} of profile {profile.name!r}"
+    if name in sys.modules: return _check_unedited(name, what)
+    neighbours = _neighbours(file)
+    for other in neighbours:
+        loaded = getattr(sys.modules.get(other.stem), "__file__", None) or ""
+        if Path(loaded).parent in _folders - {file.parent}:
+            raise ValueError(f"{what} imports {other.name} beside it, and {loaded} was imported under that name "
+                             "already; restart the kernel, or give one of them another name")
+    sources = {one: one.read_text(encoding="utf-8") for one in (file, *neighbours)}
+    _find_first(file.parent)
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         with importing(str(file)): spec.loader.exec_module(sys.modules[name])
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(f"plugin {plugin!r} of profile {profile.name!r} cannot be imported: {type(error).__name__}: "
-                         f"{error}") from error
+        raise ValueError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+    _imported[name] = sources
+
+
+_folders: set[Path] = set()  # of plugins
+
+
+def _find_first(folder: Path) -> None:
+    "Let Python look into a plugin's folder: after all others, but before those of other plugins."
+    places = [place for place in sys.path if Path(place) not in _folders | {folder}]
+    sys.path[:] = [*places, str(folder), *(str(other) for other in sorted(_folders - {folder}))]
+    _folders.add(folder)
+
+
+def _neighbours(file: Path) -> list[Path]:
+    "The files beside it that it imports, and those that they import."
+    found, todo = [], [file]
+    while todo:
+        beside = [file.parent / f"{name}.py" for name in _imported_names(todo.pop())]
+        new = [other for other in beside if other.is_file() and other not in (file, *found)]
+        found += new
+        todo += new
+    return found
+
+
+def _imported_names(file: Path) -> list[str]:
+    "The modules that a file imports, by the first part of their names; none if it does not parse."
+    try: nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    except SyntaxError: return []  # importing it will say so
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return [name.split(".")[0] for name in [*plain, *(n.module or "" for n in nodes if isinstance(n, ast.ImportFrom))]]
+
+
+def _check_unedited(name: str, what: str) -> None:
+    "Raise `ValueError` if a plugin, or a file that it imported, is no longer what runs."
+    for file, source in _imported[name].items():
+        if not file.is_file() or not _same_code(source, file.read_text(encoding="utf-8")):
+            beside = "" if name.startswith(f"ddkit_plugin_{file.stem}_") else f" ({file.name}, beside it)"
+            raise ValueError(f"{what} was edited after it was imported{beside}; restart the kernel (what runs is "
+                             "still the old code)")
 
 # %% ../nbs/07_plugins.ipynb #cf3503c8
 def load_plugins(
