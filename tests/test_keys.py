@@ -194,12 +194,19 @@ def test_a_plugin_counts_as_a_whole_with_what_it_imports(tmp_path, monkeypatch):
     code.forget_sources()
     assert key("a", text.replace("{comment}", "yet another")) == same[0]
     code.forget_sources()
-    assert key("a", text, "COUNT = 2\n") != same[0]
-    code.forget_sources()
-    edited = text.replace("make(3)", "make(4)")
-    with pytest.raises(ValueError, match="plugin .*a.py' of profile 'smoke' was edited after it was imported"): key("a", edited)
-    for name in [name for name in sys.modules if name.startswith("ddkit_plugin_a_")]: del sys.modules[name]  # as a new process would
-    assert key("a", edited) != same[0]
+
+    def in_a_new_process():
+        code.forget_sources()
+        for name in list(sys.modules):
+            if name.startswith("ddkit_plugin_a_") or name == "sibling_a": del sys.modules[name]
+
+    for what, sibling in ((text.replace("make(3)", "make(4)"), "COUNT = 1\n"), (text, "COUNT = 2\n")):
+        in_a_new_process()
+        assert key("a", text) == same[0]
+        with pytest.raises(ValueError, match="plugin .*a.py' of profile 'smoke' was edited after it was imported"):
+            key("a", what, sibling)
+        in_a_new_process()
+        assert key("a", what, sibling) != same[0]
 
 
 @pytest.mark.parametrize("generator, network", [("stable-diffusion", "PromptedUNet"), ("latent-diffusion", "LabelledUNet")])
