@@ -87,12 +87,12 @@ def start_engine(
                  "--jobs" if any(map(_is_executor, more)) else "--cores", jobs, "--scheduler", "greedy", "--nolock",
                  "--keep-going", "--keep-incomplete", "--rerun-incomplete",
                  *(["--resources", f"gpu={len(gpus)}"] if gpus else []), *more]
-    surroundings = os.environ | {"DDKIT_HEAD": str(os.getpid()), "DDKIT_RUNS": str(store.root)}
-    if gpus: surroundings["DDKIT_GPUS"] = ",".join(gpus)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): surroundings.setdefault(name, "1")
+    environment = os.environ | {"DDKIT_HEAD": str(os.getpid()), "DDKIT_RUNS": str(store.root)}
+    if gpus: environment["DDKIT_GPUS"] = ",".join(gpus)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): environment.setdefault(name, "1")
     command = [sys.executable, rules / "start.py", *map(str, arguments)]
     with open(plan.with_name("snakemake.log"), "w") as log:
-        return subprocess.Popen(command, env=surroundings, cwd=project_root(), start_new_session=True,
+        return subprocess.Popen(command, env=environment, cwd=project_root(), start_new_session=True,
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 
