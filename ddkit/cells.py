@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .code import reached
-from .files import digest
+from .files import digest, for_json
 from .fingerprints import field_value, weights_digest
 from .plugins import plugins_of
 from .profiles import HOW, SHIPPED, Profile
@@ -130,7 +130,7 @@ def as_tuples(value):
 def code_of(cell: Cell):  # `ddkit.code.Reached`
     "The code that computing a cell reaches."
     reading = dict.fromkeys(KINDS[up.kind].load for up in cell.inputs)  # what comes before is read by its own kind
-    return reached((KINDS[cell.kind].compute, *cell.functions, *reading), cell.profile, [cell.values])
+    return reached((KINDS[cell.kind].compute, for_json, *cell.functions, *reading), cell.profile, [cell.values])
 
 
 @functools.lru_cache(maxsize=4096)

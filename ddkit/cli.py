@@ -377,8 +377,12 @@ def _images_in(folder: str, profile):
     from ddkit.data import load_data
     from ddkit.decoding import decoded
     from ddkit.folders import scan_split
-    if (Path(folder) / "manifest.json").is_file(): return _same_classes(_loaded(folder), profile)
-    with plugins_of(profile): listing = scan_split(folder, load_data(profile).folders)
+    from ddkit.protocols import check_classes
+    with plugins_of(profile): data = load_data(profile)
+    if (Path(folder) / "manifest.json").is_file():
+        check_classes(made := _loaded(folder), data)
+        return made
+    listing = scan_split(folder, data.folders)
     return decoded(listing, profile.image_size, profile.channels, profile.cache or None)
 
 
@@ -390,18 +394,6 @@ def _loaded(folder: str):
         raise ValueError(f"{Path(folder) / 'manifest.json'} is not the manifest of a distilled set "
                          f"({type(error).__name__}: {error}); distil the set again, or remove the file to have the "
                          "images read by their class folders") from error
-
-
-def _same_classes(images, profile):
-    "The set, if its labels number the same classes as the profile's data; else `ValueError`."
-    from ddkit.data import load_data
-    mine = [c["folder"] for c in sorted(images.manifest["classes"], key=lambda c: c["label"])]
-    with plugins_of(profile): wanted = load_data(profile).folders
-    if mine == list(wanted): return images
-    at = next((i for i, (a, b) in enumerate(zip(mine, wanted)) if a != b), min(len(mine), len(wanted)))
-    has, asks = (classes[at] if at < len(classes) else "nothing" for classes in (mine, wanted))
-    raise ValueError(f"{images.path} has other classes than profile {profile.name!r}: its label {at} is {has}, the "
-                     f"profile's {asks}; name the profile that it was made for")
 
 # %% ../nbs/63_cli.ipynb #0260bb74
 @app.command(epilog="Example: ddkit measure manifoldgd --ipc 10, or: ddkit measure my-images")

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import textwrap
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -565,6 +566,12 @@ def _defaults_left(definition, call: Call) -> set[str]:
             if name not in call.keywords and place >= call.positional}
 
 # %% ../nbs/08_code.ipynb #de4ff1c1
+def _text_of(definition: Definition, facts: tuple[Facts, ...], alone: bool) -> str:
+    "A definition's statements in their order. Where it lies counts only if another one that was reached has its name."
+    owner = definition.name.rpartition(".")[0] if definition.module != "__main__" else ""  # a method's text lacks it
+    return "\n".join([*([] if alone else [f"in {definition.module}"]), *(f"{owner} {one.text}".strip() for one in facts)])
+
+
 _walked: dict[tuple, Reached] = {}  # walks that met nothing of a notebook, whose values may change at any time
 
 
@@ -572,9 +579,8 @@ def _walk(functions: tuple[Callable, ...], words: frozenset[str]) -> Reached:
     asked = functions, words, in_use_now(), Registry.changes
     if asked in _walked: return _walked[asked]
     walk = _Walk(functions, words)
-    # a method's text does not say whose it is
-    owner = {d: d.name.rpartition(".")[0] if d.module != "__main__" else "" for d in walk.found}
-    texts = {f"{owner[d]} {piece.text}".strip() for d, facts in walk.found.items() for piece in facts}
+    names = Counter(d.name for d in walk.found)
+    texts = {_text_of(d, facts, names[d.name] == 1) for d, facts in walk.found.items()}
     entries = sorted(walk.entries.items())
     found = Reached(
         definitions=tuple(sorted(map(str, walk.found))), texts=tuple(sorted(texts | walk.plain)),

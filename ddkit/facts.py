@@ -16,7 +16,7 @@ from .registry import WORD
 
 # %% ../nbs/02_facts.ipynb #54f93933
 class Bare(ast.NodeTransformer):
-    "Drops docstrings, and the `__all__` that nbdev writes."
+    "Drops docstrings, what errors say, and the `__all__` that nbdev writes."
 
     def generic_visit(self, node):
         super().generic_visit(node)
@@ -27,6 +27,9 @@ class Bare(ast.NodeTransformer):
             if not body and not isinstance(node, ast.Module): body.append(ast.Pass())
         return node
 
+    def visit_Raise(self, node):  # that it is raised counts, and which error it is
+        return ast.Raise(node.exc.func if isinstance(node.exc, ast.Call) else node.exc, None)
+
     def visit_Assign(self, node):
         is_all = any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
         return None if is_all else self.generic_visit(node)
@@ -35,7 +38,7 @@ class Bare(ast.NodeTransformer):
 def bare_code(
     source: str,  # Python source
 ) -> str:
-    "The source without comments, docstrings and formatting: equal texts do equal things."
+    "The source without comments, docstrings, formatting and the words of errors: equal texts do equal things."
     return ast.unparse(Bare().visit(ast.parse(textwrap.dedent(source))))
 
 # %% ../nbs/02_facts.ipynb #ce3933e6

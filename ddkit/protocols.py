@@ -288,6 +288,20 @@ class Teacher:
         return weights.hexdigest()[:16]
 
 # %% ../nbs/23_protocols.ipynb #123e3e77
+def check_classes(
+    distilled,  # a `DistilledSet`; images without a manifest have no classes to compare
+    data: RealData,
+) -> None:
+    "Raise `ValueError` for a set whose labels number other classes than the data's do: a number alone names no class."
+    said = getattr(distilled, "manifest", {}).get("classes", [])
+    mine, wanted = [c["folder"] for c in sorted(said, key=lambda c: c["label"])], list(data.folders)
+    if not said or mine == wanted: return
+    at = next((i for i, (a, b) in enumerate(zip(mine, wanted)) if a != b), min(len(mine), len(wanted)))
+    has, asked = (folders[at] if at < len(folders) else "nothing" for folders in (mine, wanted))
+    raise ValueError(f"{distilled.path} has other classes than the data: its label {at} is {has}, the data's {asked}; "
+                     "name the profile that the set was made for")
+
+
 def _check_company(sets: list, seeds) -> None:
     "Sets that cannot be trained together, or not with these seeds."
     if len(sets) != len(seeds) or not sets:
@@ -410,6 +424,7 @@ def evaluate_together(
     _check_company(sets, seeds)
     data, device = load_data(profile) if data is None else data, torch_device(profile)
     classes = len(data.classes)
+    for one in sets: check_classes(one, data)
     residents = [make_resident(one, "the distilled set", profile, classes, device, "whole") for one in sets]
     training = training_values(profile, protocol, residents[0].ipc, classes, network)
     if epochs is not None: training = replace(training, epochs=epochs)

@@ -83,7 +83,7 @@ def register(
 
 def method_names() -> list[str]:
     "All methods, in the order of registration, and the sums that have a place among them."
-    return [*METHODS, *LISTED_SUMS]
+    return [*METHODS, *LISTED_SUMS.values()]
 
 
 def get_method(
@@ -100,16 +100,16 @@ def get_method(
 # %% ../nbs/32_recipes.ipynb #e235eb12
 def _sum(names: list[str]) -> Method:
     "The sum of registered methods; the same parts in another order are the same method."
-    # what changes the weights first
-    order = {name: (not METHODS[name].finetuned, place) for place, name in enumerate(METHODS)}
+    # what changes the weights first; then by name, for the order of registration may depend on what was imported
     parts = tuple(sorted((part for n in names for part in METHODS[n].parts or (METHODS[n],)),
-                         key=lambda m: order[m.name]))
+                         key=lambda m: (not m.finetuned, m.name)))
     known = next((m for m in METHODS.values() if m.parts == parts), None)
     if known: return known
     _check_sum(" + ".join(names), parts)
     needs = tuple(dict.fromkeys(n for m in parts for n in m.needs))
     tuned = "".join({m.finetuned for m in parts if m.finetuned})
-    return Method(" + ".join(m.name for m in parts), None, needs, tuned,
+    name = LISTED_SUMS.get(frozenset(m.name for m in parts)) or " + ".join(m.name for m in parts)
+    return Method(name, None, needs, tuned,
                   fills=tuple(p for m in parts for p in m.fills), parts=parts)
 
 
@@ -131,7 +131,7 @@ def _check_sum(said: str, parts: tuple[Method, ...]) -> None:
                          f"of the one fine-tuned by {tuned[0]}; leave one of them out")
 
 # %% ../nbs/32_recipes.ipynb #84594397
-LISTED_SUMS: dict[str, None] = {}  # sums that have a place in `method_names`
+LISTED_SUMS: dict[frozenset[str], str] = {}  # sums that have a place in `method_names`: their parts → as it was written
 
 
 def register_sum(
@@ -142,8 +142,8 @@ def register_sum(
     made = get_method(methods)
     if not made.parts: raise ValueError(f"{methods!r} is no sum of methods")
     if name is None:
-        LISTED_SUMS[made.name] = None
-        return made
+        LISTED_SUMS[frozenset(part.name for part in made.parts)] = methods
+        return get_method(methods)
     if name in METHODS and [m.name for m in METHODS[name].parts] != [m.name for m in made.parts]:
         raise ValueError(f"method {name!r} exists already; choose another name")
     named = replace(made, name=name)

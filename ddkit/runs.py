@@ -23,7 +23,7 @@ from .fingerprints import data_fingerprint, generator_digest, remembered, weight
 from .metrics import measure
 from .plugins import plugins_of
 from .profiles import FILES, Profile, torch_device
-from .protocols import Scores, train_and_test, training_values
+from .protocols import Scores, check_classes, train_and_test, training_values
 from .store import Store, package_versions
 from .work import SET_FEATURES, TEACHING, about, evaluate_cell, features_cell
 
@@ -145,6 +145,7 @@ def evaluate_images(
     asked = evaluate_cell(profile, "random", ipc, seed, network, protocol)  # any set of this size has the same teacher
     with plugins_of(profile):
         data = store.session.once(load_data, profile)
+        check_classes(distilled, data)
         training = training_values(profile, asked.protocol, ipc, len(data.classes), network)
         teacher = TEACHING[training.labels](asked, store.session)
         return train_and_test([distilled], profile, network, training, [seed], data, teacher, asked.protocol)[0]

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -28,7 +27,7 @@ from threadpoolctl import threadpool_limits
 import ddkit
 from .cells import KINDS, Cell, kind_of
 from .code import reached
-from .files import digest, file_sha256, named_lock, read_json, write_json
+from .files import digest, file_sha256, for_json, named_lock, read_json, write_json
 from .fingerprints import field_value
 from .plugins import plugins_of
 from .profiles import Profile, runs_root, torch_device
@@ -274,14 +273,6 @@ def package_versions() -> dict[str, str]:
             "ddkit": ddkit.__version__} | {name: version(name) for name in PACKAGES}
 
 # %% ../nbs/44_store.ipynb #a5670ae8
-def _for_json(value):
-    "Tensors, tuples and numpy numbers as JSON can hold them."
-    if hasattr(value, "tolist"): value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value): return None  # JSON has neither NaN nor infinity
-    if isinstance(value, dict): return {str(k): _for_json(v) for k, v in value.items()}
-    return [_for_json(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def _compute(cell: Cell, store: Store, work: Path, given: tuple[dict, float] | None = None) -> None:
     "Compute into a temporary folder, describe what is there, move it into place. Nothing stays if anything fails."
     shutil.rmtree(work, ignore_errors=True)
@@ -289,7 +280,7 @@ def _compute(cell: Cell, store: Store, work: Path, given: tuple[dict, float] | N
     folder.mkdir(parents=True)
     try:
         with plugins_of(cell.profile), one_thread(cell.profile):
-            value = _for_json(kind.compute(cell, store.session, folder) if given is None else given[0])
+            value = for_json(kind.compute(cell, store.session, folder) if given is None else given[0])
         if kind.payload: write_json(folder / kind.payload, value)
         seconds = time.perf_counter() - started + (given[1] if given else 0)
         write_json(folder / SUMMARY, _record(cell, folder, value, seconds))

@@ -329,10 +329,10 @@ class Evaluate(Kind):
         return {(PROTOCOLS.kind, cell.protocol), *((TEACHING.kind, name) for name in TEACHING)}
 
     def compute(self, cell, session, folder):
+        if not cell.is_full: return evaluate_in_company([cell], session)[0][0]
         scores, = scores_of([cell], session)
-        if cell.is_full:
-            save_file({k: v.contiguous().cpu() for k, v in scores.network.state_dict().items()},
-                      folder / "network.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in scores.network.state_dict().items()},
+                  folder / "network.safetensors")
         return score_values(scores)
 
     def load(self, cell, folder): return read_json(folder / self.payload)
@@ -468,7 +468,7 @@ class Measure(Kind):
         return [side for extractor in cell.network.split() for side in sides(extractor)]
 
     def values_of(self, cell):
-        return {"metrics": {extractor: metric_names(extractor) for extractor in cell.network.split()}}
+        return {"metrics": {extractor: sorted(metric_names(extractor)) for extractor in cell.network.split()}}
 
     def compute(self, cell, session, folder):
         values = {}

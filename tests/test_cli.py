@@ -132,7 +132,7 @@ def test_a_set_of_other_classes_is_not_scored_by_their_numbers(ddkit, tmp_path):
     file.write_text(json.dumps(said))
     for command in ("evaluate", "measure"):
         code, out, err = ddkit(f"{command} {tmp_path / 'set'} --profile smoke")
-        assert code == 2 and "has other classes than profile 'smoke': its label 0 is 9, the profile's 0" in err
+        assert code == 2 and "has other classes than the data: its label 0 is 9, the data's 0" in err
 
 
 @pytest.mark.parametrize("command", ["distill random --seed -1 --out y", "reproduce --jobs 0", "reproduce --jobs two", "distill random", "nonsense", "distill random --ipc x --out y", "status --nonsense"])
