@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 
-from ddkit import code, papers
+from ddkit import code, facts, papers
 from ddkit.cells import Cell
 
 EDITS = {  # what an author does → (module, function to edit, or source to append)
@@ -56,12 +56,12 @@ def edited_source(source: str, what: str) -> str:
 @contextmanager
 def edit(module: str, what: str):
     """Within this context the kit's code is read as if it had been edited."""
-    read = code.module_source
-    code.module_source = lambda name: edited_source(read(name), what) if name == f"ddkit.{module}" else read(name)
+    read = facts.module_source
+    facts.module_source = lambda name: edited_source(read(name), what) if name == f"ddkit.{module}" else read(name)
     code.forget_sources()
     try: yield
     finally:
-        code.module_source = read
+        facts.module_source = read
         code.forget_sources()
 
 

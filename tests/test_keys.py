@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ddkit
-from ddkit import cells, code
+from ddkit import cells, code, facts
 from ddkit.cells import Cell, code_of, kind_of
 from ddkit.facts import Bare
 from ddkit.profiles import HOW, Profile, load_profile
@@ -95,8 +95,8 @@ def texts_of(name: str) -> set[str]:
     """The bare code of a function of the kit, a method's with its class."""
     module, *path = name.removeprefix("ddkit.").split(".")
     definition = code.Definition(f"ddkit.{module}", ".".join(path))
-    facts = code._definition_facts(definition, code._registered_names().get(definition, frozenset()))
-    return {f"{'.'.join(path[:-1])} {piece.text}".strip() for piece in facts}
+    found = facts.definition_facts(definition, code._registered_names().get(definition, frozenset()))
+    return {f"{'.'.join(path[:-1])} {piece.text}".strip() for piece in found}
 
 
 def with_a_statement(source: str, name: str) -> str:
@@ -113,12 +113,12 @@ def with_a_statement(source: str, name: str) -> str:
 def key_with_an_edit(cell: Cell, name: str) -> str:
     """The key that the cell would have if a function were edited."""
     _, module, function = name.split(".", 2)
-    read = code.module_source
-    code.module_source = lambda asked: with_a_statement(read(asked), function) if asked == f"ddkit.{module}" else read(asked)
+    read = facts.module_source
+    facts.module_source = lambda asked: with_a_statement(read(asked), function) if asked == f"ddkit.{module}" else read(asked)
     code.forget_sources()
     try: return Cell(**{f: getattr(cell, f) for f in cell.__dataclass_fields__}).key
     finally:
-        code.module_source = read
+        facts.module_source = read
         code.forget_sources()
 
 
@@ -226,8 +226,8 @@ def test_what_ships_with_the_kit_counts_by_content(monkeypatch):
 
 
 def test_a_library_under_the_same_alias_is_other_code(monkeypatch):
-    before, read = distill_cell(SMOKE, "mgd3", 2).key, code.module_source
-    monkeypatch.setattr(code, "module_source", lambda name: read(name).replace("import torch.nn.functional as F", "import torch as F"))
+    before, read = distill_cell(SMOKE, "mgd3", 2).key, facts.module_source
+    monkeypatch.setattr(facts, "module_source", lambda name: read(name).replace("import torch.nn.functional as F", "import torch as F"))
     code.forget_sources()
     try: assert distill_cell(SMOKE, "mgd3", 2).key != before
     finally:
