@@ -408,7 +408,8 @@ def status(
     print(f"store {short_path(store.root)}")
     columns(_contents(store.records()))
     for line in _leftovers(store.root): print(line)
-    for name, folder, wrong in store.damaged(thorough=verify): print(f"damaged: {name} in {short_path(folder)} ({wrong})")
+    for name, folder, wrong in store.damaged(thorough=verify):
+        print(f"damaged: {name} in {short_path(folder)} ({wrong})")
     plan = make_plan(None, None, profile, store)
     print(f"\nprofile {profile}: {len(plan.cells) - len(plan.todo)} of {len(plan.cells)} cells")
     columns([("artefact", "state"), *((a.name, plan.stale.get(a.name, "up to date")) for a in plan.artefacts)])

@@ -395,7 +395,7 @@ def _is_exception(base) -> bool:
 # %% ../nbs/08_code.ipynb #bb3cc125
 @functools.cache
 def _own_defaults(definition: Definition) -> dict[str, tuple[int, list[str]]]:
-    "Parameter → position and words of the default: of a function, a class's `__init__`, or the fields of a dataclass."
+    "Parameter → position and words of the default: of a function, a class's `__init__`, or a dataclass's fields."
     node = _node(definition)
     if isinstance(node, ast.FunctionDef): return word_defaults(node.args)
     if not isinstance(node, ast.ClassDef): return {}
@@ -418,7 +418,8 @@ def _defaults_left(definition, call: Call) -> set[str]:
 def _text_of(definition: Definition, facts: tuple[Facts, ...], alone: bool) -> str:
     "A definition's statements in their order. Where it lies counts only if another one that was reached has its name."
     owner = definition.name.rpartition(".")[0] if definition.module != "__main__" else ""  # a method's text lacks it
-    return "\n".join([*([] if alone else [f"in {definition.module}"]), *(f"{owner} {one.text}".strip() for one in facts)])
+    statements = [f"{owner} {one.text}".strip() for one in facts]
+    return "\n".join(statements if alone else [f"in {definition.module}", *statements])
 
 
 _walked: dict[tuple, Reached] = {}  # walks that met nothing of a notebook, whose values may change at any time
