@@ -152,7 +152,7 @@ class _Walk:
         value = session[name]
         if isinstance(value, Registry): return value
         if inspect.ismodule(value):
-            self.plain.add(f"{name} is {value.__name__}")
+            self.plain.add(f"{name} is {value.__name__}.")  # as of a module that a file imports
             return value.__name__ if is_followed(value.__name__) else None
         if _has_home(value):
             home = self._home(value)
@@ -271,9 +271,11 @@ class _Walk:
         "What belongs to a function or class of a notebook besides its text: the defaults' values, attributes, bases."
         inner = inspect.unwrap(typed)
         for what in ("__defaults__", "__kwdefaults__"):
-            if held := getattr(inner, what, None): self._value(f"{name}.{what}", held)
+            held = getattr(inner, what, None)
+            if held and not _all_said(inner): self._value(f"{name}.{what}", held)
         if not isinstance(typed, type):
-            for key, held in sorted(getattr(inner, "__dict__", {}).items()): self._value(f"{name}.{key}", held)
+            for key, held in sorted(getattr(inner, "__dict__", {}).items()):
+                if not key.startswith("__"): self._value(f"{name}.{key}", held)
         for base in typed.__bases__ if isinstance(typed, type) else ():
             if base is not object: self._object(base)
 
@@ -343,6 +345,14 @@ def _absolute(source: str, module: str) -> str:
                                        sys.modules[module].__package__ or "") if source.startswith(".") else source
 
 
+def _all_said(function: Callable) -> bool:
+    "Whether all defaults of a function stand in its source as they are: `n=3`, not `n=N`."
+    try: arguments = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].args
+    except (OSError, TypeError, SyntaxError, AttributeError): return False
+    defaults = [node for node in (*arguments.defaults, *arguments.kw_defaults) if node is not None]
+    return not any(isinstance(part, (ast.Name, ast.Call)) for node in defaults for part in ast.walk(node))
+
+
 def _has_home(value) -> bool:
     "Whether it is a function or a class that was defined somewhere; a built-in's method is not."
     return callable(value) and hasattr(value, "__qualname__") and bool(getattr(value, "__module__", None))
@@ -372,6 +382,11 @@ def _node(definition: Definition):
     "The first statement that defines it; None for what was typed into a notebook, and for methods."
     if definition.module == "__main__" or "." in definition.name: return None
     return module_code(definition.module).defined[definition.name][0]
+
+
+def _is_constant(definition: Definition) -> bool:
+    node = _node(definition)
+    return node is not None and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
 
 
 def _classes_of(definition: Definition) -> list[ast.ClassDef]:
@@ -416,7 +431,7 @@ def _defaults_left(definition, call: Call) -> set[str]:
 
 # %% ../nbs/08_code.ipynb #de4ff1c1
 def _text_of(definition: Definition, facts: tuple[Facts, ...], alone: bool) -> str:
-    "A definition's statements in their order. Where it lies counts only if another one that was reached has its name."
+    "A definition's statements in their order. Where it lies counts only for constants of one name in several modules."
     owner = definition.name.rpartition(".")[0] if definition.module != "__main__" else ""  # a method's text lacks it
     statements = [f"{owner} {one.text}".strip() for one in facts]
     return "\n".join(statements if alone else [f"in {definition.module}", *statements])
@@ -429,8 +444,8 @@ def _walk(functions: tuple[Callable, ...], words: frozenset[str]) -> Reached:
     asked = functions, words, in_use_now(), Registry.changes
     if asked in _walked: return _walked[asked]
     walk = _Walk(functions, words)
-    names = Counter(d.name for d in walk.found)
-    texts = {_text_of(d, facts, names[d.name] == 1) for d, facts in walk.found.items()}
+    constants = Counter(d.name for d in walk.found if _is_constant(d))
+    texts = {_text_of(d, facts, constants[d.name] < 2) for d, facts in walk.found.items()}
     entries = sorted(walk.entries.items())
     found = Reached(
         definitions=tuple(sorted(map(str, walk.found))), texts=tuple(sorted(texts | walk.plain)),

@@ -30,7 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import images
-from .facts import bare_code
+from .facts import Definition, bare_code, definition_facts
 from .profiles import runs_root
 from .images import gigabytes, ImageSet, read_pixels, UNREADABLE, why_unreadable
 from .folders import counted, few, Listing
@@ -43,8 +43,9 @@ SMALLEST_CACHED = 257  # a smaller set is decoded into memory: that takes about 
 @functools.cache
 def decoder() -> str:
     "What decodes, in 20 hex digits: the code of `ddkit.images`, of what fills the array, and Pillow's version."
-    code = [bare_code(inspect.getsource(one)) for one in (images, _read_many, _decode_chunk)]
-    decides = " ".join([*code, PIL.__version__])
+    ours = (Definition("ddkit.decoding", name) for name in ("_read_many", "_decode_chunk"))
+    code = [fact.text for definition in ours for fact in definition_facts(definition, frozenset())]
+    decides = " ".join([bare_code(inspect.getsource(images)), *code, PIL.__version__])
     return hashlib.sha256(decides.encode()).hexdigest()[:20]
 
 # %% ../nbs/05_decoding.ipynb #bd9e1ad0

@@ -318,7 +318,7 @@ def test_a_result_depends_on_what_its_values_name_and_no_more(name, network):
     "As `ddkit.code` walks from `train_and_test`: no protocol, no other network, no augmentation that isn't asked for."
     values = training_values(WOOF, name, 10, 10, network)
     found = reached([train_and_test], WOOF, [network, name, asdict(values)])
-    assert found.reads == SEEN | {"name"}
+    assert found.reads == SEEN
     entries = {kind: {word for of, word in found.entries if of == kind} for kind, _ in found.entries}
     asked = set(values.augmentations)
     assert entries == {kind: words for kind, words in {
