@@ -142,8 +142,9 @@ def register_sum(
     made = get_method(methods)
     if not made.parts: raise ValueError(f"{methods!r} is no sum of methods")
     if name is None:
-        LISTED_SUMS[frozenset(part.name for part in made.parts)] = methods
-        return get_method(methods)
+        written = " + ".join(part.strip() for part in methods.split("+"))
+        LISTED_SUMS[frozenset(part.name for part in made.parts)] = written
+        return get_method(written)
     if name in METHODS and [m.name for m in METHODS[name].parts] != [m.name for m in made.parts]:
         raise ValueError(f"method {name!r} exists already; choose another name")
     named = replace(made, name=name)
