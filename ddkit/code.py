@@ -9,7 +9,6 @@ __all__ = ['Reached', 'known_words', 'reached', 'values_read', 'forget_sources']
 import ast
 import builtins
 import functools
-import importlib.util
 import inspect
 import json
 import sys
@@ -22,8 +21,8 @@ from dataclasses import dataclass, fields, replace
 import joblib
 
 from .facts import (
-    Bare, Call, Definition, Facts, ModuleCode, definition_facts, facts_of, is_followed, is_module, is_users,
-    methods_in, module_code, word_defaults, words_in)
+    Bare, Call, Definition, Facts, ModuleCode, absolute, definition_facts, facts_of, is_followed, is_module,
+    is_users, methods_in, module_code, word_defaults, words_in)
 from .profiles import HOW, SHIPPED, Profile, profile_options
 from .registry import Entry, Registry, in_use_now
 
@@ -285,7 +284,7 @@ class _Walk:
         if is_users(module): self.reads |= facts.attributes & _FIELDS  # whatever its profile is called
         # its functions ask for single ones
         self.reads |= facts.reads - ({"options"} if module == _PROFILE.module else set())
-        local = {alias: self._imported(_absolute(source, module), name) for alias, source, name in facts.imports}
+        local = {alias: self._imported(absolute(source, module), name) for alias, source, name in facts.imports}
         def at(name): return local[name] if name in local else self._resolve(name, module)
         for name in sorted(facts.names): self._take(at(name))
         for name, *attributes in sorted(facts.chains): self._take(self._chained(at(name), attributes))
@@ -340,11 +339,6 @@ class _Walk:
         self.plain.add(f"{entry.name} = {_plain_text(entry.name, getattr(entry.value, 'decides', None))}")
 
 # %% ../nbs/08_code.ipynb #4209eb25
-def _absolute(source: str, module: str) -> str:
-    return importlib.util.resolve_name(source,
-                                       sys.modules[module].__package__ or "") if source.startswith(".") else source
-
-
 def _all_said(function: Callable) -> bool:
     "Whether all defaults of a function stand in its source as they are: `n=3`, not `n=N`."
     try: arguments = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].args

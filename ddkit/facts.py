@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Bare', 'bare_code', 'Call', 'Facts', 'words_in', 'word_defaults', 'facts_of', 'is_followed', 'is_users',
-           'module_source', 'is_module', 'ModuleCode', 'module_code', 'Definition', 'definition_facts', 'methods_in']
+           'module_source', 'is_module', 'absolute', 'ModuleCode', 'module_code', 'Definition', 'definition_facts',
+           'methods_in']
 
 # %% ../nbs/02_facts.ipynb #2e4ecdc6
 import ast
 import copy
 import functools
+import importlib.metadata
 import importlib.util
 import symtable
 import sys
@@ -297,7 +299,17 @@ def _is_installed(spec) -> bool:
 def _lies_installed(path: Path) -> bool:
     "Whether a file is Python's own, or lies where packages are installed: this Python's, a user's, a distribution's."
     if any(path.is_relative_to(root) for root in _INSTALLED): return True
-    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    if not {"site-packages", "dist-packages"}.isdisjoint(path.parts): return True
+    # where `pip install --target` put it; a user's own file may lie beside it
+    return any(path.relative_to(folder).parts[0] in _distributed(folder) for folder in path.parents)
+
+
+@functools.cache
+def _distributed(folder: Path) -> frozenset[str]:
+    "The packages and modules that distributions installed into a folder, as their records list them."
+    if not any(folder.glob("*.dist-info")): return frozenset()
+    listed = (one.files or () for one in importlib.metadata.distributions(path=[str(folder)]))
+    return frozenset(file.parts[0] for files in listed for file in files)
 
 # %% ../nbs/02_facts.ipynb #3a95224a
 def module_source(
@@ -310,6 +322,14 @@ def module_source(
 @functools.cache
 def is_module(name: str) -> bool: return name in sys.modules or _spec(name) is not None
 
+
+def absolute(source: str, module: str) -> str:
+    "A module by its whole name, as a module imports it: `..data` in `a.b.c` is `a.data`."
+    if not source.startswith("."): return source
+    # a package that imports its parts lazily stands in for itself and may not say where it lies; its spec does
+    package = getattr(sys.modules[module], "__package__", None) or getattr(_spec(module), "parent", None) or ""
+    return importlib.util.resolve_name(source, package)
+
 # %% ../nbs/02_facts.ipynb #1818dd95
 class ModuleCode:
     "A module's top level: name → the statements that define it, alias → what it imports."
@@ -321,11 +341,11 @@ class ModuleCode:
 
     def user_modules(self) -> list[str]:
         "The users' own modules that it imports, at the top or anywhere."
-        package, named = sys.modules[self.name].__package__ or "", []
+        named = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import): named += [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
-                source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                source = absolute("." * node.level + (node.module or ""), self.name)
                 named += [source, *(f"{source}.{alias.name}" for alias in node.names)]
         return [name for name in dict.fromkeys(named) if is_users(name)]
 
@@ -340,10 +360,9 @@ class ModuleCode:
         elif isinstance(node, ast.stmt): self.others.append(node)
 
     def _import(self, node):
-        package = sys.modules[self.name].__package__ or ""
         for alias in node.names:
             if isinstance(node, ast.ImportFrom):
-                source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                source = absolute("." * node.level + (node.module or ""), self.name)
                 if alias.name == "*": self.stars.append(source)
                 else: self.imported[alias.asname or alias.name] = source, alias.name
             else:

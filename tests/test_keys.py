@@ -209,6 +209,33 @@ def test_a_plugin_counts_as_a_whole_with_what_it_imports(tmp_path, monkeypatch):
         assert key("a", what, sibling) != same[0]
 
 
+def test_what_pip_put_into_a_folder_is_installed_and_what_lies_beside_it_is_not(tmp_path, monkeypatch):
+    """As by `pip install --target`: the records of its distributions tell."""
+    (tmp_path / "vendored").mkdir()
+    (tmp_path / "vendored/__init__.py").write_text("from .parts import part\n")
+    (tmp_path / "vendored/parts.py").write_text("def part(): return 1\n")
+    (tmp_path / "beside.py").write_text("from vendored import part\n\n\ndef mine(): return part()\n")
+    (tmp_path / "vendored-1.0.dist-info").mkdir()
+    (tmp_path / "vendored-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vendored\nVersion: 1.0\n")
+    (tmp_path / "vendored-1.0.dist-info/RECORD").write_text("vendored/__init__.py,,\nvendored/parts.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert facts.is_users("beside") and not facts.is_users("vendored") and not facts.is_users("vendored.parts")
+    for name in ("beside", "vendored", "vendored.parts"): monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_package_that_does_not_say_where_it_lies_is_asked_by_its_spec(tmp_path, monkeypatch):
+    """As those whose modules come on first use, which stand in for themselves in `sys.modules`."""
+    (tmp_path / "lazily").mkdir()
+    (tmp_path / "lazily/__init__.py").write_text("from .parts import part\n")
+    (tmp_path / "lazily/parts.py").write_text("def part(): return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = __import__("lazily")
+    module.__package__ = None
+    assert facts.absolute(".parts", "lazily") == "lazily.parts"
+    assert facts.ModuleCode("lazily").imported == {"part": ("lazily.parts", "part")}
+    for name in ("lazily", "lazily.parts"): monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.parametrize("generator, network", [("stable-diffusion", "PromptedUNet"), ("latent-diffusion", "LabelledUNet")])
 def test_methods_that_a_library_calls_back_count(generator, network):
     """`forward` of a class whose grandparent is PyTorch's, and of a user's network on top of one of the kit's."""
